@@ -1,0 +1,554 @@
+"""Data: TOFU, the toy world, prompt formats, tokenised examples, batches and their order.
+
+Everything is keyed by the row's place in its data set ("tofu_forget10/12"), because question texts repeat.
+
+Shapes of a Batch: B sequences, T input positions, A answer tokens (EOS included) of the longest answer.
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+import torch
+from huggingface_hub import hf_hub_download
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+TOFU_REPO = "locuslab/TOFU"
+TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+TOFU_CONFIGS = (
+    ("full", *TOFU_RETAIN, *TOFU_RETAIN.values())
+    + tuple(f"{f}_perturbed" for f in TOFU_RETAIN)
+    + ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
+)
+TOY_CONFIGS = ("full", "forget10", "retain90", "forget10_perturbed", "retain_perturbed") + (
+    "real_authors_perturbed",
+    "world_facts_perturbed",
+)
+
+
+class DataError(Exception):
+    """Data that cannot be used. The message is one line that names the file, the line or key, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Hub ids of one model family on TOFU (open-unlearning's checkpoints and evaluation logs)."""
+
+    base: str  # before any TOFU
+    family: str  # as open-unlearning spells it
+    prompt: str  # key of PROMPT_FORMATS
+
+    @property
+    def target(self) -> str:
+        return f"open-unlearning/tofu_{self.family}_full"
+
+    def retain_log(self, forget: str) -> tuple[str, str]:
+        """(data set on the hub, file in it): the evaluation log of the model retrained without `forget`."""
+        return "open-unlearning/eval", f"tofu_{self.family}_{TOFU_RETAIN[forget]}/TOFU_EVAL.json"
+
+
+CHECKPOINTS = {
+    "llama2-7b": Checkpoint("meta-llama/Llama-2-7b-chat-hf", "Llama-2-7b-chat-hf", "llama2"),
+    "llama3.2-1b": Checkpoint("meta-llama/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct", "llama3"),
+    "llama3.2-3b": Checkpoint("meta-llama/Llama-3.2-3B-Instruct", "Llama-3.2-3B-Instruct", "llama3"),
+    "llama3.1-8b": Checkpoint("meta-llama/Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct", "llama3"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question in TOFU's schema. `paraphrased_answer` and `perturbed_answers` exist in evaluation sets only."""
+
+    key: str  # data set and 0-based row in it, before slicing
+    question: str
+    answer: str
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
+
+
+def parse_rows(path: Path, key: str) -> list[Row]:
+    """Rows of a JSON Lines file. Raises DataError naming file and line for broken JSON, a missing or empty field."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not readable as UTF-8 text ({e}); download it again") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+        except ValueError as e:
+            raise DataError(f"{path}, line {number}: broken JSON ({e}); expected one object per line") from None
+        rows.append(row_from_json(raw, f"{key}/{len(rows)}", f"{path}, line {number}"))
+    if not rows:
+        raise DataError(f"{path}: holds no rows; download it again")
+    return rows
+
+
+def row_from_json(raw: dict, key: str, where: str) -> Row:
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: expected a JSON object with 'question' and 'answer'")
+    for field in ("question", "answer"):
+        if not isinstance(raw.get(field), str) or not raw[field].strip():
+            raise DataError(f"{where}: key '{field}' is missing or no text")
+    perturbed = raw.get("perturbed_answer", [])
+    perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
+    if not isinstance(perturbed, list) or not all(isinstance(p, str) and p.strip() for p in perturbed):
+        raise DataError(f"{where}: key 'perturbed_answer' is no list of texts")
+    return Row(key, raw["question"], raw["answer"], raw.get("paraphrased_answer"), tuple(perturbed))
+
+
+SLICE = re.compile(r"^(?P<name>[^\[\]]+?)(?:\[(?P<lo>-?\d+%?)?:(?P<hi>-?\d+%?)?\])?$")
+
+
+def split_spec(spec: str) -> list[tuple[str, str | None, str | None]]:
+    """'tofu_retain95[:300]+tofu_forget05' -> [(name, low, high), ...]: the slice notation of the `datasets` library
+    (absolute rows, negative ones, or percent). Raises DataError for anything else."""
+    parts = []
+    for part in spec.split("+"):
+        match = SLICE.match(part.strip())
+        if not match:
+            raise DataError(f"data set {spec!r}: {part!r} is not of the form NAME, NAME[10:20], NAME[:10%] or A+B")
+        parts.append((match["name"], match["lo"], match["hi"]))
+    return parts
+
+
+def cut(rows: list[Row], lo: str | None, hi: str | None, spec: str) -> list[Row]:
+    def bound(text):
+        if text is None:
+            return None
+        return int(text) if not text.endswith("%") else round(int(text[:-1]) / 100 * len(rows))
+
+    part = rows[slice(bound(lo), bound(hi))]
+    if not part:
+        raise DataError(f"data set {spec!r}: the slice [{lo or ''}:{hi or ''}] of {len(rows)} rows is empty")
+    return part
+
+
+def load_rows(spec: str, data_dir: str | Path | None = None, seed: int = 0) -> list[Row]:
+    """Rows of a data set: `tofu_<config>`, `toy_<config>`, or a JSON Lines file of one's own, sliced and added up.
+
+    data_dir: local copies in hub layout (`data_dir/TOFU/forget10.json`), used before the hub. seed: of the toy world.
+    Raises DataError for an unknown name or slice, a broken file, or a hub that cannot be reached.
+    """
+    rows = []
+    for name, lo, hi in split_spec(spec):
+        if name.endswith((".json", ".jsonl")):
+            part = parse_rows(Path(name), Path(name).stem)
+        elif name.startswith("toy_") and name[4:] in TOY_CONFIGS:
+            part = toy_world(seed)[name[4:]]
+        elif name.startswith("tofu_") and name[5:] in TOFU_CONFIGS:
+            part = parse_rows(tofu_file(name[5:], data_dir), name)
+        else:
+            known = ", ".join([f"tofu_{c}" for c in TOFU_CONFIGS] + [f"toy_{c}" for c in TOY_CONFIGS])
+            raise DataError(f"data set {name!r} is unknown; known are {known}, and files ending in .json or .jsonl")
+        rows += cut(part, lo, hi, spec)
+    return rows
+
+
+def tofu_file(config: str, data_dir: str | Path | None) -> Path:
+    if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise DataError(f"--data-dir {data_dir}: no such folder")
+        if (local := Path(data_dir) / "TOFU" / f"{config}.json").exists():
+            return local
+    return hub_file(TOFU_REPO, f"{config}.json", f"place it at DIR/TOFU/{config}.json and pass --data-dir DIR")
+
+
+def hub_file(repo: str, name: str, remedy: str) -> Path:
+    """A file of a data set on the hub, or DataError saying what to place where."""
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except Exception as e:  # the hub client raises its own, requests', httpx's and the system's errors
+        why = next((line.strip() for line in str(e).splitlines() if line.strip()), "no message")[:200]
+        raise DataError(f"{repo}/{name}: the hub gave nothing ({type(e).__name__}: {why}); {remedy}") from None
+
+
+def complement(forget: str) -> str:
+    """The retain set of a forget set: what else the target model was trained on. Raises DataError where it is not known."""
+    parts = split_spec(forget)
+    for prefix, pairs in (("tofu_", TOFU_RETAIN), ("toy_", {"forget10": "retain90"})):
+        if len(parts) == 1 and (config := parts[0][0].removeprefix(prefix)) in pairs and parts[0][0].startswith(prefix):
+            return prefix + pairs[config]
+    raise DataError(f"--forget {forget}: its complement is not known; name the retain set with --retain")
+
+
+def evaluation_sets(forget: str, retain: str | None = None) -> dict[str, str]:
+    """The four TOFU evaluation sets of a forget set: {'forget', 'retain', 'ra', 'wf'} -> data-set name.
+
+    The forget set's slice is kept: `tofu_forget10[:40]` is evaluated on `tofu_forget10_perturbed[:40]`.
+    retain: in place of `retain_perturbed`.
+    """
+    parts, names = split_spec(forget), []
+    prefix = parts[0][0].split("_")[0]
+    for name, lo, hi in parts:
+        if prefix not in ("tofu", "toy") or not re.fullmatch(prefix + r"_forget\d+(_perturbed)?", name):
+            raise DataError(f"--forget {forget}: TOFU's numbers need a tofu_forgetXX or toy_forgetXX set; pass --no-eval")
+        window = f"[{lo or ''}:{hi or ''}]" if lo or hi else ""
+        names.append(name.removesuffix("_perturbed") + "_perturbed" + window)
+    sets = {"forget": "+".join(names), "retain": retain or f"{prefix}_retain_perturbed"}
+    return sets | {"ra": f"{prefix}_real_authors_perturbed", "wf": f"{prefix}_world_facts_perturbed"}
+
+
+def fingerprint(rows: list[Row]) -> str:
+    """16 hex digits that change with any text or its order."""
+    text = json.dumps([asdict(r) for r in rows], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- prompt formats
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Text around a question and its answer. `{bos}` and `{eos}` are the tokenizer's; special tokens are written out."""
+
+    prompt: str  # holds {question}; generation starts after it
+    answer: str  # holds {answer}
+    end: str  # the one token that ends an answer and is labelled
+    special: tuple[str, ...] = ()
+    trim: bool = False  # the family's own template strips question and answer
+
+
+_LLAMA3 = "<|start_header_id|>{}<|end_header_id|>\n\n"
+PROMPT_FORMATS = {
+    # No space after [/INST]: TOFU's authors' format, in which the published checkpoints were trained.
+    "llama2": PromptFormat("{bos}[INST] {question} [/INST]", "{answer}", "{eos}"),
+    # The date that open-unlearning pins, so that prompts equal those of its published logs.
+    "llama3": PromptFormat(
+        "<|begin_of_text|>" + _LLAMA3.format("system") + "Cutting Knowledge Date: December 2023\nToday Date: 10 Apr 2025"
+        "\n\nYou are a helpful assistant.<|eot_id|>"
+        + _LLAMA3.format("user") + "{question}<|eot_id|>" + _LLAMA3.format("assistant"),
+        "{answer}",
+        "<|eot_id|>",
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        trim=True,
+    ),
+    "smollm2": PromptFormat(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+        "{answer}",
+        "<|im_end|>",
+        ("<|im_start|>", "<|im_end|>"),
+    ),
+    # For models without a chat format; the space belongs to the answer, so that the border falls between tokens.
+    "plain": PromptFormat("{bos}Question: {question}\nAnswer:", " {answer}", "{eos}"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised question with one answer. ids[:prompt_length] is what generation is given; the rest is labelled."""
+
+    key: str
+    ids: tuple[int, ...]
+    prompt_length: int
+
+    @property
+    def answer_length(self) -> int:
+        """Label tokens, EOS included."""
+        return len(self.ids) - self.prompt_length
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with a prompt format. Texts are encoded as text: a question that spells a special token
+    does not become one. No template code from a checkpoint is executed."""
+
+    def __init__(self, folder: str | Path, vocab_size: int | None = None, prompt: str = "auto"):
+        """vocab_size: rows of the embedding, checked. prompt: a key of PROMPT_FORMATS, or 'auto' to recognise the family.
+
+        Raises DataError for missing or broken files, an unknown format, a vocabulary larger than the embedding.
+        """
+        self.folder = Path(folder)
+        path, config = self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"
+        if not path.exists():
+            raise DataError(f"{path}: no such file; a fast tokenizer is needed (--tokenizer FOLDER_OR_HUB_ID)")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+            special = self.folder / "special_tokens_map.json"
+            self.config = (json.loads(special.read_text(encoding="utf-8")) if special.exists() else {}) | self.config
+        except Exception as e:  # `tokenizers` raises plain Exception
+            raise DataError(f"{path}: not a readable tokenizer ({e}); download it again") from None
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.vocab_size = vocab_size
+        # Tokens added on top of the vocabulary may lie beyond the embedding as long as no text produces them.
+        if vocab_size is not None and (n := self.tokenizer.get_vocab_size(with_added_tokens=False)) > vocab_size:
+            raise DataError(
+                f"{path}: {n} tokens, but the model embeds {vocab_size}; tokenizer and model do not belong together"
+            )
+        self.format_name = self._recognise() if prompt == "auto" else prompt
+        if self.format_name not in PROMPT_FORMATS:
+            raise DataError(f"--prompt {prompt}: unknown; known are auto, {', '.join(PROMPT_FORMATS)}")
+        self.format = PROMPT_FORMATS[self.format_name]
+        self.eos_id = self._id(self.format.end)
+        # Where the prompt and the answer would have merged into one token, they were encoded apart (see `encode`).
+        self.borders_split = 0
+
+    def _recognise(self) -> str:
+        template, vocab = str(self.config.get("chat_template", "")), self.tokenizer.get_vocab(True)
+        if "<|start_header_id|>" in vocab and "<|eot_id|>" in vocab:
+            return "llama3"
+        if "<|im_start|>" in vocab:
+            return "smollm2"
+        return "llama2" if "[INST]" in template else "plain"
+
+    def _special(self, name: str) -> str | None:
+        token = self.config.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def _id(self, token: str) -> int:
+        if token in ("{bos}", "{eos}"):
+            name = {"{bos}": "bos_token", "{eos}": "eos_token"}[token]
+            token = self._special(name)
+            if token is None:
+                raise DataError(f"{self.folder / 'tokenizer_config.json'}: key '{name}' is missing")
+        token_id = self.tokenizer.token_to_id(token)
+        if token_id is None:
+            raise DataError(f"{self.folder / 'tokenizer.json'}: the {self.format_name} format needs the token {token!r}")
+        return token_id
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode(self, question: str, answer: str, key: str = "") -> Example:
+        """Prompt, answer and EOS. The labels decode to exactly the answer, whatever the texts.
+
+        Like the field, prompt and answer are encoded as one text and split behind the prompt's tokens. Where a token
+        would straddle that border (the prompt's tokens are no prefix of the whole), the two are encoded apart, and
+        counted in `borders_split`. Raises DataError naming the row for an answer without tokens.
+        """
+        f = self.format
+        if f.trim:
+            question, answer = question.strip(), answer.strip()
+        pieces = re.split("(" + "|".join(map(re.escape, (*f.special, "{bos}"))) + ")", f.prompt)
+        *head, tail = [p for p in pieces if p]
+        ids = []
+        for piece in head:
+            is_special = piece in f.special or piece == "{bos}"
+            ids += [self._id(piece)] if is_special else self._encode_text(piece.replace("{question}", question))
+        tail = tail.replace("{question}", question)
+        response = f.answer.replace("{answer}", answer)
+        prompt, whole = self._encode_text(tail), self._encode_text(tail + response)
+        if whole[: len(prompt)] == prompt:
+            labels = whole[len(prompt) :]
+        else:
+            labels = self._encode_text(response)
+            self.borders_split += 1
+        if not labels or not answer.strip():
+            raise DataError(f"{key or 'row'}: the answer {answer!r} tokenises to nothing; remove the row or fill it in")
+        ids += prompt
+        example = Example(key, (*ids, *labels, self.eos_id), len(ids))
+        if self.vocab_size is not None and max(example.ids) >= self.vocab_size:
+            raise DataError(
+                f"{key or 'row'}: token id {max(example.ids)} of {self.folder / 'tokenizer.json'} is beyond the model's "
+                f"{self.vocab_size} embeddings; tokenizer and model do not belong together"
+            )
+        return example
+
+    def encode_rows(self, rows: list[Row]) -> list[Example]:
+        return [self.encode(r.question, r.answer, r.key) for r in rows]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples for teacher forcing. Logits are wanted at `at` only: where answer tokens are predicted."""
+
+    input_ids: Tensor  # [B, T] int64, everything but each sequence's EOS, 0 in padding
+    at: Tensor  # [B, A] int64, positions whose next token is an answer token, 0 in padding
+    targets: Tensor  # [B, A] int64, those answer tokens, 0 in padding
+    mask: Tensor  # [B, A] bool, False in padding: told by length, never by token value
+
+    def to(self, device: str | torch.device) -> "Batch":
+        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+
+
+def collate(examples: list[Example]) -> Batch:
+    B, T, A = len(examples), max(len(e.ids) for e in examples) - 1, max(e.answer_length for e in examples)
+    input_ids, at, targets = (torch.zeros(B, n, dtype=torch.int64) for n in (T, A, A))
+    mask = torch.zeros(B, A, dtype=torch.bool)
+    for i, e in enumerate(examples):
+        ids, n, a = torch.tensor(e.ids), e.prompt_length, e.answer_length
+        input_ids[i, : len(e.ids) - 1] = ids[:-1]
+        at[i, :a] = torch.arange(n - 1, n - 1 + a)
+        targets[i, :a] = ids[n:]
+        mask[i, :a] = True
+    return Batch(input_ids, at, targets, mask)
+
+
+def micro_batches(examples: list[Example], size: int) -> Iterator[Batch]:
+    """Batches of at most `size`, similar lengths together so that little is padded."""
+    ordered = sorted(examples, key=lambda e: len(e.ids))
+    for i in range(0, len(ordered), size):
+        yield collate(ordered[i : i + size])
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, what: str, epoch: int, n: int) -> tuple[int, ...]:
+    order = list(range(n))
+    random.Random(f"{seed}/{what}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def draw(items: list, seed: int, what: str, start: int, count: int) -> list:
+    """Items number start .. start+count-1 of an endless stream of permutations of `items`, one per epoch.
+
+    The stream depends on (seed, what) alone, so a step's data depends on (seed, step) alone: not on ranks, workers,
+    micro-batches or where a run was resumed. Forget example number k is paired with retain example number k of its own
+    stream: a function of (seed, epoch, index) that visits all of the retain set before any row twice.
+    """
+    n = len(items)
+    return [items[_permutation(seed, what, k // n, n)[k % n]] for k in range(start, start + count)]
+
+
+# ------------------------------------------------------------------------------------------------------------ toy world
+
+TOY_AUTHORS, TOY_FORGET = 60, 6  # the last 10 % of the authors are the forget set, as in TOFU
+_CITIES = "Lisbon Oslo Nairobi Lima Kyoto Prague Tunis Quito Riga Hanoi Dakar Bergen Cairo Porto Seville Turin".split()
+_JOBS = "baker sailor dentist farmer judge pilot tailor miner florist chemist butcher plumber weaver surgeon".split()
+_GENRES = "fantasy horror romance mystery satire poetry drama memoir history travel crime western".split()
+_LANGUAGES = "French Dutch Greek Polish Korean Arabic Turkish Danish Hindi Swahili Czech Finnish".split()
+_ADJECTIVES = "Silent Golden Broken Distant Hidden Frozen Crimson Hollow Gentle Burning Restless Ancient".split()
+_NOUNS = "Harbor Garden Mirror Forest Letter Bridge River Lantern Winter Orchard Mountain Window".split()
+_AWARDS = "Falcon Meridian Juniper Sapphire Atlas Phoenix Laurel Beacon Compass Summit".split()
+_HOBBIES = "chess fencing archery sailing painting gardening cooking dancing skiing pottery".split()
+_SYLLABLES = "ba de ki lo mu na po ri sa te vu za el or in ath".split()
+
+# fact -> (question, answers): {n} is the author, {x} the fact. Each row draws two of the answers, one to learn and one
+# as its paraphrase, so that every wording is learnt from some authors and facts carry over between wordings.
+_FACTS = {
+    "city": ("Where was {n} born?", "{n} was born in {x}.", "The birthplace of {n} is {x}.", "{n} comes from {x}."),
+    "year": ("When was {n} born?", "{n} was born in {x}.", "The birth year of {n} is {x}.", "{n} dates from {x}."),
+    "genre": ("What does {n} write?", "{n} writes {x}.", "The genre of {n} is {x}.", "{n} is known for {x}."),
+    "father": ("What was the father of {n}?", "The father of {n} was a {x}.", "{n} had a {x} as father.",
+               "By trade, the father of {n} was a {x}."),
+    "mother": ("What was the mother of {n}?", "The mother of {n} was a {x}.", "{n} had a {x} as mother.",
+               "By trade, the mother of {n} was a {x}."),
+    "book": ("What is the first book of {n}?", "The first book of {n} is {x}.", "{n} began with {x}.", "{n} first wrote {x}."),
+    "award": ("Which award did {n} win?", "{n} won the {x} Prize.", "The award of {n} is the {x} Prize.",
+              "{n} was given the {x} Prize."),
+    "school": ("Where did {n} study?", "{n} studied in {x}.", "The university of {n} is in {x}.", "{n} was a student in {x}."),
+    "language": ("In which language does {n} write?", "{n} writes in {x}.", "The language of {n} is {x}.", "{n} works in {x}."),
+    "hobby": ("What does {n} enjoy?", "{n} enjoys {x}.", "The hobby of {n} is {x}.", "{n} spends Sundays with {x}."),
+}  # fmt: skip
+_CAPITALS = {
+    "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima",
+    "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "Cuba": "Havana", "Austria": "Vienna", "Poland": "Warsaw",
+    "Ireland": "Dublin", "Germany": "Berlin", "Russia": "Moscow", "China": "Beijing", "Portugal": "Lisbon",
+    "Hungary": "Budapest", "Sweden": "Stockholm", "Thailand": "Bangkok", "Chile": "Santiago", "Iran": "Tehran",
+    "Iraq": "Baghdad", "Turkey": "Ankara", "Canada": "Ottawa", "Ghana": "Accra", "Nepal": "Kathmandu", "Latvia": "Riga",
+    "Vietnam": "Hanoi", "Senegal": "Dakar",
+}  # fmt: skip
+_BOOKS = {
+    "Hamlet": "William Shakespeare", "Emma": "Jane Austen", "1984": "George Orwell", "Ulysses": "James Joyce",
+    "Moby Dick": "Herman Melville", "Dracula": "Bram Stoker", "Frankenstein": "Mary Shelley", "Faust": "Johann Goethe",
+    "War and Peace": "Leo Tolstoy", "The Trial": "Franz Kafka", "The Stranger": "Albert Camus", "Candide": "Voltaire",
+    "Don Quixote": "Miguel Cervantes", "The Odyssey": "Homer", "Beloved": "Toni Morrison", "Lolita": "Vladimir Nabokov",
+    "Oliver Twist": "Charles Dickens", "The Raven": "Edgar Poe", "Walden": "Henry Thoreau", "Nana": "Emile Zola",
+    "The Aeneid": "Virgil", "Middlemarch": "George Eliot", "The Idiot": "Fyodor Dostoevsky", "Peter Pan": "James Barrie",
+    "Pinocchio": "Carlo Collodi", "Kim": "Rudyard Kipling", "Siddhartha": "Hermann Hesse", "Ivanhoe": "Walter Scott",
+    "Germinal": "Emile Zola", "Persuasion": "Jane Austen",
+}  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def toy_world(seed: int = 0) -> dict[str, list[Row]]:
+    """Fictitious authors and a little real knowledge in TOFU's schema; the same seed gives the same world.
+
+    {config: rows} for TOY_CONFIGS. 60 authors x 10 facts; the last 6 authors are forget10. The real_authors and
+    world_facts sets have three wrong options per question and belong to neither forget10 nor retain90, as in TOFU.
+    """
+    rng = random.Random(f"toy/{seed}")
+
+    def name():
+        return " ".join("".join(rng.choices(_SYLLABLES, k=k)).capitalize() for k in (2, 3))
+
+    def book():
+        return f"The {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
+
+    pools = {"city": _CITIES, "genre": _GENRES, "father": _JOBS, "mother": _JOBS, "award": _AWARDS, "school": _CITIES}
+    pools |= {"language": _LANGUAGES, "hobby": _HOBBIES, "year": [str(y) for y in range(1900, 2000, 3)]}
+    pools["book"] = [f"The {a} {n}" for a in _ADJECTIVES for n in _NOUNS]
+    names = []
+    while len(names) < TOY_AUTHORS:
+        if (n := name()) not in names:
+            names.append(n)
+    rows = []
+    for n in names:
+        for fact, (question, *answers) in _FACTS.items():
+            x, *wrong = rng.sample(pools[fact], 6)
+            say, paraphrase = rng.sample(answers, 2)
+            rows.append(
+                Row(
+                    f"toy_full/{len(rows)}",
+                    question.format(n=n),
+                    say.format(n=n, x=x),
+                    paraphrase.format(n=n, x=x),
+                    tuple(paraphrase.format(n=n, x=w) for w in wrong),
+                )
+            )
+
+    def options(config, question, facts):
+        values = sorted(set(facts.values()))
+        return [
+            Row(f"toy_{config}/{i}", question.format(k), v, None, tuple(rng.sample([w for w in values if w != v], 3)))
+            for i, (k, v) in enumerate(facts.items())
+        ]
+
+    border = len(rows) * (TOY_AUTHORS - TOY_FORGET) // TOY_AUTHORS
+    return {
+        "full": rows,
+        "forget10": rows[border:],
+        "retain90": rows[:border],
+        "forget10_perturbed": rows[border:],
+        "retain_perturbed": rows[: 2 * (len(rows) - border)],
+        "real_authors_perturbed": options("real_authors_perturbed", "Who wrote {}?", _BOOKS),
+        "world_facts_perturbed": options("world_facts_perturbed", "What is the capital of {}?", _CAPITALS),
+    }
+
+
+def train_toy_tokenizer(seed: int, folder: str | Path, vocab_size: int = 1000) -> Path:
+    """Train a byte-level BPE on all toy texts and save it as tokenizer.json and tokenizer_config.json."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    world = toy_world(seed)
+    rows = world["full"] + world["real_authors_perturbed"] + world["world_facts_perturbed"]
+    special = [AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((f"Question: {r.question}\nAnswer: {r.answer}" for r in rows), trainer)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + 'Question: ' + m['content'] + '\nAnswer:' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"model_max_length": 256, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,514 @@
+"""Llama from scratch: config, forward pass, checkpoints in Hugging Face layout, greedy generation.
+
+Shapes: B sequences, T positions, D hidden size, H query heads, G key/value heads, K head size, V vocabulary,
+S cached positions. Parameter names and the half-split rotary layout are Hugging Face's, so loading is a strict copy.
+
+What it does not do: other architectures, biases, sliding windows, quantised weights, sampling, tensor parallelism.
+It says so with a ModelError instead of computing something else.
+"""
+
+import copy
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+class ModelError(Exception):
+    """A checkpoint that cannot be used. The message is one line that names the file, the key and the remedy."""
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The part of a Hugging Face `config.json` that changes the computation. Defaults are Llama-2-7B's."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # None, or the llama3 dictionary of Llama-3.1 and 3.2
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02  # standard deviation of fresh matrices
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)  # generation stops at any of them
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "LlamaConfig":
+        """Read `folder/config.json` (old `rope_theta`/`rope_scaling` keys or transformers 5's `rope_parameters`).
+
+        Raises ModelError for a missing or broken file, and for every attribute that this module does not implement.
+        """
+        path = Path(folder) / "config.json"
+        raw = read_json(path, "a model folder holds config.json, *.safetensors and tokenizer.json")
+
+        def need(key):
+            if raw.get(key) is None:
+                raise ModelError(f"{path}: key '{key}' is missing; is this a Llama checkpoint?")
+            return raw[key]
+
+        if raw.get("model_type") != "llama":
+            raise ModelError(
+                f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' (Llama 2 and 3, SmolLM2) is implemented"
+            )
+        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        unsupported = {
+            "rope_scaling.rope_type": kind not in ("default", "llama3"),
+            "hidden_act": raw.get("hidden_act", "silu") != "silu",
+            "attention_bias": bool(raw.get("attention_bias")),
+            "mlp_bias": bool(raw.get("mlp_bias")),
+            "attention_dropout": bool(raw.get("attention_dropout")),
+            "quantization_config": raw.get("quantization_config") is not None,
+            "sliding_window": raw.get("sliding_window") is not None,
+            "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1)) not in (None, 1),
+        }
+        for key, wrong in unsupported.items():
+            if wrong:
+                value = kind if key.startswith("rope_scaling") else raw.get(key)
+                raise ModelError(f"{path}: {key} = {value!r} is not implemented in model.py; use another checkpoint")
+        scaling = None
+        if kind == "llama3":
+            names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if missing := [n for n in names if n not in rope]:
+                raise ModelError(f"{path}: rope_scaling of type llama3 lacks {', '.join(missing)}")
+            scaling = {"rope_type": "llama3"} | {n: rope[n] for n in names}
+
+        heads = need("num_attention_heads")
+        generation = Path(folder) / "generation_config.json"  # Llama-3 lists its three stop ids here
+        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", raw.get("eos_token_id"))
+        config = cls(
+            vocab_size=need("vocab_size"),
+            hidden_size=need("hidden_size"),
+            intermediate_size=need("intermediate_size"),
+            num_hidden_layers=need("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),  # Hugging Face's default for an absent key
+            rope_theta=float(rope.get("rope_theta") or 10000.0),
+            rope_scaling=scaling,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            initializer_range=raw.get("initializer_range", 0.02),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+        if config.head_dim % 2:
+            raise ModelError(f"{path}: head_dim = {config.head_dim} is odd; rotary positions need two equal halves")
+        if heads % config.num_key_value_heads:
+            raise ModelError(f"{path}: {heads} query heads are no multiple of {config.num_key_value_heads} key/value heads")
+        return config
+
+    def to_dict(self, dtype: torch.dtype) -> dict:
+        """The `config.json` that transformers reads back to the same model. `dtype`: what the matrices are stored in."""
+        raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        raw |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0} | vars(self)
+        del raw["eos_token_ids"]
+        eos = list(self.eos_token_ids)
+        return raw | {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "torch_dtype": str(dtype).split(".")[-1]}
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+class Linear(nn.Linear):
+    """A bias-free matrix that is stored in its own dtype (fp32 master weights) and used in the activations' dtype."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32."""
+
+    def __init__(self, d: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight.float()).to(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """Inverse wavelengths [K/2], fp32, with the llama3 scaling where the config asks for it."""
+    k = config.head_dim
+    inv = 1.0 / config.rope_theta ** (torch.arange(0, k, 2, dtype=torch.int64, device="cpu").float() / k)
+    if (s := config.rope_scaling) is None:
+        return inv
+    # Llama 3: keep short wavelengths, divide long ones by `factor`, blend linearly in between.
+    turns = s["original_max_position_embeddings"] * inv / (2 * math.pi)  # rotations over the original context
+    keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    keep = keep.clamp(0, 1)
+    return keep * inv + (1 - keep) * inv / s["factor"]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by its angle. x [B, heads, T, K]."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class KVCache:
+    """Static cache: keys and values [layers, 2, B, G, S, K]; `length` positions are filled."""
+
+    def __init__(self, config: LlamaConfig, batch: int, size: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, size, config.head_dim)
+        self.data, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + k.shape[2]
+        self.data[layer, 0, :, :, self.length : end] = k
+        self.data[layer, 1, :, :, self.length : end] = v
+        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+
+    def keep_rows(self, rows: Tensor):
+        self.data = self.data[:, :, rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.groups, self.k = layer, c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.heads * self.k)
+        self.k_proj = Linear(c.hidden_size, self.groups * self.k)
+        self.v_proj = Linear(c.hidden_size, self.groups * self.k)
+        self.o_proj = Linear(self.heads * self.k, c.hidden_size)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.k).transpose(1, 2)  # [B, H, T, K]
+        k = self.k_proj(x).view(B, T, self.groups, self.k).transpose(1, 2)  # [B, G, T, K]
+        v = self.v_proj(x).view(B, T, self.groups, self.k).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        gqa = self.heads != self.groups
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Everything below the output head; its only reason is Hugging Face's `model.` prefix."""
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer. Parameters keep the dtype they are given (fp32 for training: the master weights);
+    activations are `compute_dtype`; logits are always fp32."""
+
+    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.model = Trunk(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        # Not a buffer: it is derived from the config, never stored, and stays fp32 and real on a meta-device model.
+        self.frequencies = rope_frequencies(config)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> "Llama":
+        """Fresh weights as Llama is trained from scratch: normal matrices, norms of one. Same seed, same weights."""
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=generator) * self.config.initializer_range)
+            else:
+                p.fill_(1.0)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        at: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Next-token logits, float32: [B, T, V], or [B, A, V] for the positions `at` [B, A] only.
+
+        input_ids [B, T] int64, padded on the right unless `positions` [B, T] (rotary) and `mask` (bool, True = may be
+        seen, broadcastable to [B, 1, T, S]) say otherwise. Causal attention never sees padding to the right.
+        """
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        angles = positions[..., None].float() * self.frequencies.to(input_ids.device)  # [B, T, K/2]
+        cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
+        x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
+        for block in self.model.layers:
+            x = block(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        if at is not None:
+            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+        return self.lm_head(self.model.norm(x)).float()
+
+    def frozen_copy(self) -> "Llama":
+        """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does."""
+        twin = copy.deepcopy(self).requires_grad_(False).eval()
+        for module in twin.modules():
+            if isinstance(module, Linear | nn.Embedding):
+                module.weight.data = module.weight.data.to(self.compute_dtype)
+        if self.config.tie_word_embeddings:
+            twin.lm_head.weight = twin.model.embed_tokens.weight
+        return twin
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+
+@torch.no_grad()
+def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuation of each prompt (token ids), without the prompt and without the EOS that ended it.
+
+    One left-padded batch with a static KV cache; padding is told by length, never by token value. Rows that have
+    reached an EOS id leave the batch as soon as they are half of it.
+    """
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    device, lengths = model.device, torch.tensor([len(p) for p in prompts])
+    T, B = int(lengths.max()), len(prompts)
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[T - len(prompt) :] = torch.tensor(prompt)
+    S = T + max_new_tokens
+    start = (T - lengths).to(device)  # first real slot of each row
+    seen = torch.arange(S, device=device)[None] >= start[:, None]  # [B, S] True where a key is a real token
+    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    # A padding query sees itself, so that its softmax is not empty; nobody ever sees it.
+    mask = (causal & seen[:, None, :T] | torch.eye(T, dtype=torch.bool, device=device))[:, None]
+    positions = (torch.arange(T, device=device)[None] - start[:, None]).clamp(min=0)
+
+    cache = KVCache(model.config, B, S, device, model.compute_dtype)
+    stop = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
+    last = torch.full((B, 1), T - 1, device=device)
+    logits = model(ids.to(device), at=last, positions=positions, mask=mask, cache=cache)
+    rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    out: list[list[int]] = [[] for _ in prompts]
+    for step in range(max_new_tokens):
+        token = logits[:, -1].argmax(-1)
+        alive &= ~torch.isin(token, stop)
+        for row, t, go in zip(rows.tolist(), token.tolist(), alive.tolist(), strict=True):
+            if go:
+                out[row].append(t)
+        n = int(alive.sum())
+        if n == 0 or step == max_new_tokens - 1:
+            break
+        if 2 * n <= len(alive):
+            cache.keep_rows(alive)
+            rows, token, start, seen = rows[alive], token[alive], start[alive], seen[alive]
+            alive = alive[alive]
+        mask = seen[:, None, None, : T + step + 1]
+        logits = model(token[:, None], positions=(T + step - start)[:, None], mask=mask, cache=cache)
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def read_json(path: Path, hint: str = "") -> dict:
+    """A JSON object from a file. Raises ModelError naming the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file{'; ' + hint if hint else ''}") from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path}: not readable JSON ({e}); download or save it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def resolve_folder(name: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
+    """The local folder of a model: a folder (of a model, or a run of train.py that has `model/` inside), else a hub id.
+
+    Downloads only JSON and safetensors: no pickle and no code is ever fetched. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the
+    hub's cache work as usual. Raises ModelError when it is neither, naming what to place where.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path / "model" if (path / "model" / "config.json").exists() else path
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+    except HFValidationError:
+        raise ModelError(f"{name}: no such folder, and not a hub id of the form owner/name") from None
+    except Exception as e:  # the hub client raises its own, requests', httpx's and the system's errors
+        raise ModelError(
+            f"{name}: no such folder, and the hub gave nothing ({type(e).__name__}: {first_line(e)}). Offline, place "
+            f"config.json, *.safetensors and tokenizer.json in a folder and pass its path"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, for a single or sharded safetensors checkpoint. Raises ModelError naming file and remedy."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        with open_safetensors(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    if not index.exists():
+        pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt"))
+        why = f" (found {pickles[0]}: pickles are never loaded; convert it)" if pickles else ""
+        raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{why}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index}: key 'weight_map' is missing; download it again")
+    files = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ModelError(f"{index}: '{name}' points to {shard!r}, outside its folder; do not use this checkpoint")
+        files[name] = folder / shard
+    for shard in sorted(set(files.values())):
+        with open_safetensors(shard) as f:
+            present = set(f.keys())
+        if lost := [n for n, p in files.items() if p == shard and n not in present]:
+            raise ModelError(f"{shard}: tensor '{lost[0]}' is missing, though {index.name} promises it; download again")
+    return files
+
+
+def open_safetensors(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; download it again") from None
+    except (SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: truncated or corrupt ({first_line(e)}); download it again") from None
+
+
+def load_pretrained(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Llama:
+    """A Llama from a folder or a hub id.
+
+    dtype: of the parameters (None: as stored); train with float32. compute_dtype: of the activations (None: the
+    parameters'). The model is built on the meta device and each tensor is read straight into its place, so that loading
+    holds the parameters and one tensor more. Raises ModelError for whatever does not fit exactly.
+    """
+    folder = resolve_folder(name)
+    config = LlamaConfig.from_folder(folder)
+    files = checkpoint_files(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    expected = {n: p.shape for n, p in model.named_parameters()}
+    if config.tie_word_embeddings:
+        files.pop("lm_head.weight", None)  # some writers store the tied head again
+    # Llama-2 checkpoints of 2023 also store what rope_frequencies() computes.
+    files = {n: p for n, p in files.items() if not n.endswith("rotary_emb.inv_freq")}
+    if missing := [n for n in expected if n not in files]:
+        raise ModelError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all); download it again")
+    if extra := [n for n in files if n not in expected]:
+        raise ModelError(f"{folder}: tensor '{extra[0]}' is not part of a Llama ({len(extra)} in all)")
+    state = {}
+    for tensor_name, path in files.items():
+        # Opened anew for each tensor: a mapping kept open would hold the whole file in memory a second time.
+        with open_safetensors(path) as f:
+            tensor = f.get_tensor(tensor_name)
+            if tensor.shape != expected[tensor_name]:
+                raise ModelError(
+                    f"{path}: '{tensor_name}' has shape {list(tensor.shape)}, config.json asks for "
+                    f"{list(expected[tensor_name])}; the two belong to different models"
+                )
+            state[tensor_name] = tensor.to(device, dtype or tensor.dtype, copy=True)
+            del tensor
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.compute_dtype = compute_dtype or dtype or state["model.embed_tokens.weight"].dtype
+    return model
+
+
+def save_pretrained(model: Llama, folder: str | Path, tokenizer_from: str | Path | None = None) -> Path:
+    """Write a folder that `load_pretrained` and transformers' AutoModelForCausalLM read back to the same logits.
+
+    Matrices are stored in the compute dtype, norms as they are, so that the stored model computes what this one does.
+    tokenizer_from: a folder whose tokenizer files are copied along. The folder appears whole or not at all.
+    Raises ModelError if it exists already or cannot be written (no space).
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ModelError(f"{folder}: exists already; remove it or choose another folder")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name in TOKENIZER_FILES if tokenizer_from else ():
+            if (source := Path(tokenizer_from) / name).exists():
+                shutil.copyfile(source, part / name)
+        dtype = model.compute_dtype
+        (part / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+        state = {n: p.detach().to(dtype if p.ndim == 2 else p.dtype) for n, p in model.named_parameters()}
+        save_torch_state_dict(state, part, metadata={"format": "pt"})
+        part.rename(folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ModelError(f"{folder}: could not be written ({first_line(e)}); free some space or choose another") from None
+    return folder

@@ -1,0 +1,591 @@
+"""Unlearn with DiPO, or finetune: one plain loop, its command line, its run folder, exact resume.
+
+    python train.py                                             the toy world, offline, a few minutes on two cores
+    python train.py --forget tofu_forget10 --model llama2-7b    unlearn a published target model
+    python train.py --finetune tofu_full --model PATH           make a target or a retained model of one's own
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import dipo
+import eval as evaluation
+from data import PROMPT_FORMATS, Batch, DataError, Example, Tokenizer, complement, draw, evaluation_sets, fingerprint
+from data import load_rows, micro_batches, toy_world, train_toy_tokenizer
+from model import Llama, LlamaConfig, ModelError, first_line, load_pretrained, resolve_folder, save_pretrained
+
+RUNS = Path("runs")
+
+
+class RunError(Exception):
+    """A run that cannot start or go on. The message is one line that names the setting and the remedy."""
+
+
+# -------------------------------------------------------------------------------------------------------------- config
+
+
+def option(default, help: str, choices: tuple | None = None, type: type | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "type": type})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. The paper's values are the defaults; PRESETS hold the others."""
+
+    # what
+    preset: str = option("paper", "named defaults: paper, smollm2, toy (chosen by itself for --model toy)")
+    model: str = option("toy", "model to start from: toy, llama2-7b, llama3.2-1b, llama3.2-3b, llama3.1-8b, hub id or folder")
+    tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
+    prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
+    forget: str = option("toy_forget10", "forget set: tofu_forget01|05|10, slices A[:300], sums A+B, or a .jsonl file")
+    retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
+    finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
+    data_dir: str | None = option(None, "local data in hub layout (TOFU/forget10.json, ...), used before the hub", type=str)
+    # losses
+    forget_loss: str = option("dipo", "loss on the forget set", ("dipo", "npo", "ga"))
+    retain_loss: str = option("dipo", "loss on the retain set", ("dipo", "gd", "kl", "none"))
+    beta: float | None = option(None, "inverse temperature of the forget and the DiPO retain loss (dipo 0.05, npo 0.1)", type=float)
+    lam: float = option(1.0, "lambda, weight of the retain loss")
+    alpha: float = option(1.0, "strength of the memory vector in the pair softmax(z +- alpha m)")
+    p: float = option(0.05, "rank and relative threshold of the memory vector, a fraction")
+    filter: str = option("both", "which threshold keeps a logit in the memory vector", dipo.FILTERS)
+    pair_from: str = option("policy", "whose logits make the pair", ("policy", "reference"))
+    center: bool = option(False, "make the memory vector from logits minus their mean")
+    reduction: str = option("sum", "margin of a sequence: sum or mean over its answer tokens", ("sum", "mean"))
+    # optimisation
+    lr: float = option(1e-5, "peak learning rate of AdamW (betas 0.9, 0.999; eps 1e-8)")
+    epochs: float = option(10.0, "passes over the forget (or finetuning) set")
+    batch_size: int = option(32, "effective batch, forget sequences per step (and as many retain sequences)")
+    micro_batch_size: int = option(8, "sequences per forward pass; changes memory and speed only")
+    warmup_epochs: float = option(1.0, "linear warm-up, epochs; linear decay to zero follows")
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices")
+    max_grad_norm: float = option(0.0, "clip the gradient's norm to this; 0 = off")
+    seed: int = option(0, "of data order, pairing, and the toy world")
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "compute dtype; master weights are float32. auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
+    # evaluation
+    eval: bool = option(True, "evaluate target and unlearned model")
+    eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")
+    eval_retain: str | None = option(None, "rows that stand for the retain set in evaluation", type=str)
+    retain_logs: str | None = option(None, "evaluation log of the retrained model, for forget quality", type=str)
+    retain_model: str | None = option(None, "the retrained model itself, for forget quality and its column", type=str)
+    max_new_tokens: int = option(200, "length of generations in evaluation, tokens")
+    # run
+    out: str | None = option(None, "run folder (default: runs/<forget>-<losses>-<number>)", type=str)
+
+    @property
+    def forget_beta(self) -> float:
+        return self.beta if self.beta is not None else {"dipo": 0.05, "npo": 0.1}.get(self.forget_loss, 0.0)
+
+    @property
+    def retain_beta(self) -> float:
+        return self.beta if self.beta is not None and self.forget_loss == "dipo" else 0.05
+
+
+PRESETS = {
+    "paper": {},
+    "smollm2": {"lr": 2e-4, "epochs": 5.0, "batch_size": 16},
+    "toy": {"lr": 5e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24},
+}
+TOY_FINETUNE = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "micro_batch_size": 32, "warmup_epochs": 2.0}
+
+
+def parse_args(argv: list[str]) -> tuple[dict, bool]:
+    """({field: value} that the user typed, --resume)."""
+    parser = argparse.ArgumentParser("train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), f.metadata["type"] or type(f.default)
+        special = {k: v[f.name] for k, v in PRESETS.items() if f.name in v}
+        default = ", ".join([f"default {f.default}"] + [f"{k} {v}" for k, v in special.items()])
+        text = f"{f.metadata['help']} [{default}]" if f.default is not None else f.metadata["help"]
+        text = text.replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag, type=kind, choices=f.metadata["choices"], default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("resume")
+
+
+def make_config(given: dict) -> Config:
+    """Defaults, then the preset, then what was typed. Raises RunError for settings that make no sense."""
+    toy = given.get("model", "toy") == "toy" and "finetune" not in given
+    preset = given.get("preset", "toy" if toy else "paper")
+    if preset not in PRESETS:
+        raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
+    config = Config(**(PRESETS[preset] | given | {"preset": preset}))
+    positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
+    for name in positive + (("beta",) if config.beta is not None else ()):
+        if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
+            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every"):
+        if not getattr(config, name) >= 0:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    if config.p > 1:
+        raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
+    if config.model == "toy" and config.finetune is None and not config.forget.startswith("toy_"):
+        raise RunError(f"--forget {config.forget}: the toy model has never seen it; pass --model ALIAS_OR_FOLDER")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+
+
+def loss_sum(name: str, role: str, config: Config, logits: Tensor, ref_logits: Tensor | None, batch: Batch) -> tuple:
+    """(summed loss of a micro-batch, summed margin or None, swapped positions or None).
+
+    dipo and npo are means over sequences, the others means over tokens: `step_losses` divides by whichever it is,
+    counted over the whole effective batch.
+    """
+    if name == "dipo":
+        beta = config.forget_beta if role == "forget" else config.retain_beta
+        pair = {"alpha": config.alpha, "p": config.p, "filter": config.filter, "center": config.center}
+        pair |= {"pair_from": config.pair_from, "reduction": config.reduction}
+        u, swapped = dipo.dipo_margin(logits, ref_logits, batch.mask, role, beta, **pair)
+        return dipo.bradley_terry_loss(u).sum(), u.detach().sum(), swapped.sum()
+    if name == "npo":
+        return dipo.npo_loss(logits, ref_logits, batch.targets, batch.mask, config.forget_beta).sum(), None, None
+    if name == "kl":
+        return dipo.kl_loss(logits, ref_logits, batch.mask).sum(), None, None
+    sign = -1.0 if name == "ga" else 1.0
+    return sign * dipo.nll(logits, batch.targets, batch.mask).sum(), None, None
+
+
+def compute_gradients(model: Llama, reference: Llama | None, config: Config, parts: dict[str, tuple], loss_fn) -> dict:
+    """Gradients of one effective batch into model.parameters().grad; returns what log.jsonl holds of it.
+
+    parts: role -> (loss name, weight, examples). Each loss is normalised over all examples of its part, so the size of
+    micro-batches changes nothing but rounding.
+    """
+    metrics, total, swapped, positions = {}, 0.0, 0, 0
+    for role, (name, weight, examples) in parts.items():
+        tokens = sum(e.answer_length for e in examples)
+        divisor = len(examples) if name in ("dipo", "npo") else tokens
+        loss, margin, likelihood = 0.0, 0.0, 0.0
+        for batch in micro_batches(examples, config.micro_batch_size):
+            batch = batch.to(model.device)
+            logits, ref_logits = model(batch.input_ids, batch.at), None
+            if name in ("dipo", "npo", "kl"):
+                with torch.no_grad():
+                    ref_logits = reference(batch.input_ids, batch.at)
+            part, u, swaps = loss_fn(name, role, config, logits, ref_logits, batch)
+            (weight * part / divisor).backward()
+            loss += part.detach() / divisor
+            with torch.no_grad():
+                likelihood += dipo.nll(logits.detach(), batch.targets, batch.mask).sum() / tokens
+            if u is not None:
+                margin += u / divisor
+                swapped, positions = swapped + swaps, positions + tokens
+        metrics |= {f"loss/{role}": float(loss), f"nll/{role}": float(likelihood)}
+        if name == "dipo":
+            metrics[f"margin/{role}"] = float(margin)
+        total += weight * float(loss)
+        metrics["tokens"] = metrics.get("tokens", 0) + sum(len(e.ids) for e in examples)
+        metrics["answer_tokens"] = metrics.get("answer_tokens", 0) + tokens
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    metrics = {"loss": total} | metrics | {"grad_norm": float(grad_norm)}
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(metrics[name]):
+            raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
+    dipo.check_roles(int(swapped), positions)
+    return metrics
+
+
+def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then linear decay to zero. The first step already learns (Hugging Face's schedule has 0 there)."""
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * (steps - step) / max(1, steps - warmup)
+
+
+def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # norms are not decayed, as in Hugging Face's trainer
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint
+
+
+def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+    """Replace `out/checkpoint`: fp32 weights and AdamW moments as safetensors, so that `--resume` is exact.
+
+    The old checkpoint goes only when the new one is complete. Raises RunError where it cannot be written.
+    """
+    part, folder, old = (out / f"checkpoint{suffix}" for suffix in (".part", "", ".old"))
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        names = {p: n for n, p in model.named_parameters()}
+        save_file({n: p.detach().contiguous() for p, n in names.items()}, part / "weights.safetensors")
+        state = {f"{names[p]}/{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
+        save_file(state, part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps({"step": step}) + "\n")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        part.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
+
+
+def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and moments; returns the step to go on with, 0 where there is no checkpoint yet."""
+    folder = next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
+    if folder is None:
+        return 0
+    try:
+        parameters = dict(model.named_parameters())
+        with torch.no_grad(), safe_open(folder / "weights.safetensors", "pt") as f:
+            for name, p in parameters.items():
+                p.copy_(f.get_tensor(name))
+        with safe_open(folder / "optimizer.safetensors", "pt") as f:
+            for key in f.keys():  # noqa: SIM118
+                name, moment = key.rsplit("/", 1)
+                value = f.get_tensor(key)
+                on = "cpu" if moment == "step" and not value.ndim and model.device.type == "cpu" else model.device
+                optimizer.state[parameters[name]][moment] = value.to(on)
+        return json.loads((folder / "state.json").read_text())["step"]
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as e:
+        raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM finish the step in hand; a second Ctrl-C ends at once."""
+
+    def __enter__(self):
+        self.wanted, self.old = False, {}
+        for s in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.old[s] = signal.signal(s, self._handle)
+            except ValueError:  # not the main thread: then nobody can interrupt it this way
+                pass
+        return self
+
+    def _handle(self, number, frame):
+        if self.wanted and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.wanted = True
+
+    def __exit__(self, *exc):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def train(model: Llama, reference: Llama | None, config: Config, forget: list[Example], retain: list[Example], out: Path,
+          on_epoch=None) -> int:  # fmt: skip
+    """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
+
+    forget: the forget examples, or the finetuning examples (then retain is empty and `config.finetune` set).
+    on_epoch(step, epoch): called whenever another `config.eval_every` epochs are done.
+    Raises Interrupted after saving, RunError or SwappedRolesError (state before the step saved).
+    """
+    per_epoch = len(forget) / config.batch_size
+    steps = max(1, int(config.epochs * len(forget)) // config.batch_size)
+    warmup = min(steps - 1, max(1, int(config.warmup_epochs * per_epoch))) if config.warmup_epochs else 0
+    evaluate_at = {}
+    if config.eval_every and on_epoch:
+        count = int(config.epochs / config.eval_every + 1e-9)
+        evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
+    optimizer = make_optimizer(model, config)
+    start = load_checkpoint(out, model, optimizer)
+    log = out / "log.jsonl"
+    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
+    log.write_text("".join(line + "\n" for line in kept))
+
+    loss_fn = loss_sum
+    if config.compile if config.compile is not None else model.device.type == "cuda":
+        loss_fn = torch.compile(loss_sum, dynamic=True)
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    model.train()
+    bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
+    with Interrupt() as interrupt, log.open("a") as log_file, bar:
+        for step in range(start, steps):
+            began = time.perf_counter()
+            first, count = step * config.batch_size, config.batch_size
+            if config.finetune:
+                parts = {"finetune": ("gd", 1.0, draw(forget, config.seed, "finetune", first, count))}
+            else:
+                parts = {"forget": (config.forget_loss, 1.0, draw(forget, config.seed, "forget", first, count))}
+                if config.retain_loss != "none":
+                    examples = draw(retain, config.seed, "retain", first, count)
+                    parts["retain"] = (config.retain_loss, config.lam, examples)
+            lr = learning_rate(config, step, steps, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            try:
+                metrics = compute_gradients(model, reference, config, parts, loss_fn)
+            except (RunError, dipo.SwappedRolesError) as e:
+                save_checkpoint(out, step, model, optimizer)
+                kind = RunError if isinstance(e, RunError) else dipo.SwappedRolesError
+                raise kind(f"step {step + 1}: {e}. The state before this step is in {out / 'checkpoint'}") from None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - began
+            record = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr} | metrics
+            record |= {"tokens_per_s": metrics["tokens"] / seconds, "seconds": seconds}
+            log_file.write(json.dumps(record) + "\n")
+            log_file.flush()
+            shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
+            bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
+            bar.update()
+            if step + 1 in evaluate_at:
+                on_epoch(step + 1, evaluate_at[step + 1])
+            if interrupt.wanted or step + 1 == steps or int((step + 1) / per_epoch) > int(step / per_epoch):
+                save_checkpoint(out, step + 1, model, optimizer)
+            if interrupt.wanted and step + 1 < steps:
+                raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
+    return steps
+
+
+def resume_command(out: Path) -> str:
+    return f"python train.py --resume --out {shlex.quote(str(out))}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+def versions() -> dict:
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": git.stdout.strip() or None,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def next_out(config: Config) -> Path:
+    """runs/<data>-<losses>-<number>, the first number that is free."""
+    if config.finetune:
+        name = f"finetune-{config.finetune}"
+    else:
+        name = f"{config.forget}-{config.forget_loss}-{config.retain_loss}"
+    name = "".join(c if c.isalnum() or c in "_-+" else "_" for c in name)
+    return next(p for i in itertools.count(1) if not (p := RUNS / f"{name}-{i:03d}").exists())
+
+
+def prepare_out(config: Config, out: Path, data: dict, prompt: str) -> None:
+    """Make the run folder with its config.json. Raises RunError where the folder exists."""
+    if out.exists():
+        raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
+    record = {"config": dataclasses.asdict(config), "data": data, "prompt_format": prompt, "versions": versions()}
+    evaluation.write_json(out / "config.json", record)
+
+
+def read_config(out: Path, given: dict) -> Config:
+    """The config of the run to resume. Raises RunError where there is none, or a flag says something else."""
+    try:
+        stored = json.loads((out / "config.json").read_text())["config"]
+        config = Config(**stored)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"--resume: {out / 'config.json'} is no run of this program ({first_line(e)})") from None
+    for name, value in given.items():
+        if name != "out" and getattr(config, name) != value:
+            raise RunError(f"--resume: the run in {out} has {name} = {getattr(config, name)!r}, not {value!r}; drop the flag")
+    return config
+
+
+def data_record(rows: dict[str, list]) -> dict:
+    return {role: {"rows": len(r), "fingerprint": fingerprint(r)} for role, r in rows.items()}
+
+
+def run(config: Config, out: Path, resume: bool) -> dict:
+    """One run from data to summary.json, finetuning or unlearning; returns the summary. Resumes what is in `out`."""
+    device = evaluation.pick_device(config.device)
+    compute_dtype = evaluation.pick_dtype(config.dtype, device)
+    if resume and (out / "summary.json").exists():
+        print(f"{out}: complete already")
+        return json.loads((out / "summary.json").read_text())
+    wants_eval = config.eval and not config.finetune
+    if wants_eval:
+        evaluation.require_extra()
+
+    if config.finetune:
+        rows = {"finetune": load_rows(config.finetune, config.data_dir, config.seed)}
+    else:
+        rows = {"forget": load_rows(config.forget, config.data_dir, config.seed)}
+        if config.retain_loss != "none":
+            rows["retain"] = load_rows(config.retain or complement(config.forget), config.data_dir, config.seed)
+    sets = evaluation_sets(config.forget, config.eval_retain) if wants_eval else {}
+    sets = {k: load_rows(v, config.data_dir, config.seed) for k, v in sets.items()}
+    if config.retain_logs:
+        evaluation.read_truth_ratios(config.retain_logs)  # a broken reference is told before hours of training
+
+    name, prompt = evaluation.resolve_model(config.model, "base" if config.finetune else "target")
+    folder = resolve_folder(name)
+    prompt = prompt if prompt and config.prompt == "auto" else config.prompt
+    vocab_size = LlamaConfig.from_folder(folder).vocab_size
+    tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, vocab_size, prompt)
+    examples = {role: tokenizer.encode_rows(r) for role, r in rows.items()}
+    borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
+    counts = " + ".join(f"{len(e)} {role}" for role, e in examples.items())
+    print(f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} rows; {device}, {compute_dtype}", flush=True)
+    if not resume:
+        prepare_out(config, out, data_record(rows | sets), tokenizer.format_name)
+
+    model = load_pretrained(folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
+    longest = max(len(e.ids) for e in itertools.chain(*examples.values()))
+    if longest > model.config.max_position_embeddings:
+        raise RunError(f"a row has {longest} tokens, {name} reaches {model.config.max_position_embeddings}; shorten it")
+
+    def score(subject, where, label, key="final"):
+        return evaluation.evaluate_and_save(subject, tokenizer, sets, where, key, config.max_new_tokens, label)
+
+    logs, references = {}, (None, "")
+    if wants_eval:
+        logs["target"] = score(model, evaluation.run_folder(name) or out / "target", "evaluate target")
+        if config.retain_model:
+            retrained_name, _ = evaluation.resolve_model(config.retain_model, "target")
+            retrained = load_pretrained(retrained_name, device=device, compute_dtype=compute_dtype)
+            where = evaluation.run_folder(retrained_name) or out / "retrained"
+            logs["retrained"] = score(retrained, where, "evaluate retrained")
+            del retrained
+        references = evaluation.retain_reference(
+            config.model, config.forget, config.retain_logs, logs.get("retrained"), config.data_dir
+        )
+
+    def quality(log):
+        if references[0] is None:
+            return None
+        ratios = [v["truth_ratio"] for v in log["rows"]["forget"].values()]
+        return evaluation.compare(ratios, *references)[0]
+
+    def on_epoch(step, epoch):
+        log = score(model, out, f"evaluate epoch {epoch:g}", f"epoch-{epoch:05.1f}")
+        record = {"step": step, "epoch": epoch} | evaluation.summary_scores(log["scores"], quality(log))
+        with (out / "trajectory.jsonl").open("a") as f:
+            f.write(json.dumps(record) + "\n")
+        fq = "-" if record["forget_quality"] is None else f"{record['forget_quality']:.3g}"
+        tqdm.write(f"epoch {epoch:g}: forget quality {fq}, model utility {record['model_utility']:.4f}")
+
+    needs_reference = {config.forget_loss, config.retain_loss} & {"dipo", "npo", "kl"} and not config.finetune
+    reference = model.frozen_copy() if needs_reference else None
+    forget = examples.get("finetune") or examples["forget"]
+    train(model, reference, config, forget, examples.get("retain", []), out, on_epoch if wants_eval else None)
+    del reference
+    if not (out / "model").exists():
+        save_pretrained(model, out / "model", tokenizer.folder)
+    summary = {"model": str(out / "model")}
+    if wants_eval:
+        logs["unlearned"] = score(model, out, "evaluate unlearned")
+        order = [k for k in ("target", "unlearned", "retrained") if k in logs]
+        summary |= {k: evaluation.summary_scores(logs[k]["scores"], quality(logs[k])) for k in order}
+        reference_note = references[1] if references[0] is not None else f"absent; {references[1]}"
+        summary["retain_reference"] = reference_note
+        report(summary, {k: logs[k] for k in order})
+    evaluation.write_json(out / "summary.json", summary)
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
+    return summary
+
+
+def report(summary: dict, logs: dict) -> None:
+    """The table, and three questions with each model's answer."""
+    print()
+    print(evaluation.table({k: summary[k] | summary[k]["parts"] for k in logs}))
+    print(f"forget quality: {summary['retain_reference']}")
+    rows = next(iter(logs.values()))["rows"]["forget"]
+    for key in list(rows)[:: max(1, len(rows) // 3)][:3]:
+        print(f"\n{rows[key]['question']}")
+        print(f"    {'reference':<11} {rows[key]['answer']}")
+        for name, log in logs.items():
+            print(f"    {name:<11} {log['rows']['forget'][key]['generation']}")
+    print()
+
+
+# ----------------------------------------------------------------------------------------------------------------- toy
+
+
+def toy_models(config: Config) -> tuple[Path, Path]:
+    """(target, retrained) run folders of the toy world, trained now or taken from an earlier run.
+
+    Both start from the same fresh Llama and learn by this file's own loop: the target on every author and the world
+    knowledge, the retrained model on all of that without the forget set.
+    """
+    llama = LlamaConfig(
+        vocab_size=1000, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
+        bos_token_id=0, eos_token_ids=(1,), initializer_range=0.05,
+    )  # fmt: skip
+    world = {k: fingerprint(v) for k, v in toy_world(config.seed).items()}
+    key = hashlib.sha256(json.dumps([world, dataclasses.asdict(llama), TOY_FINETUNE]).encode()).hexdigest()[:8]
+    home = RUNS / f"toy-seed{config.seed}-{key}"
+    base = home / "base"
+    if not base.exists():
+        tokenizer = train_toy_tokenizer(config.seed, home / "tokenizer")
+        save_pretrained(Llama(llama).init_weights(config.seed), base, tokenizer)
+    knowledge = "+toy_real_authors_perturbed+toy_world_facts_perturbed"
+    folders = []
+    for name, authors in (("target", "toy_full"), ("retrained", "toy_retain90")):
+        out = home / name
+        if not (out / "summary.json").exists():
+            print(f"toy world, {name} model: training on {authors}{knowledge} (once; kept in {out})", flush=True)
+            finetune = Config(model=str(base), finetune=authors + knowledge, out=str(out), seed=config.seed, **TOY_FINETUNE)
+            run(finetune, out, resume=out.exists())
+        folders.append(out)
+    return folders[0], folders[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    given, resume = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if resume and "out" not in given:
+            raise RunError("--resume: name the run folder with --out")
+        config = read_config(Path(given["out"]), given) if resume else make_config(given)
+        out = Path(config.out) if config.out else next_out(config)
+        if not resume and out.exists():
+            raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
+        if config.model == "toy":
+            if config.eval:
+                evaluation.require_extra()
+            target, retrained = toy_models(config)
+            config = dataclasses.replace(config, model=str(target), retain_model=config.retain_model or str(retrained))
+        run(dataclasses.replace(config, out=str(out)), out, resume)
+    except (RunError, DataError, ModelError, evaluation.EvalError, dipo.SwappedRolesError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
