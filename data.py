@@ -79,7 +79,8 @@ class Row:
 def parse_rows(path: Path, key: str) -> list[Row]:
     """Rows of a JSON Lines file. Raises DataError naming file and line for broken JSON, a missing or empty field."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON texts may hold U+2028, U+0085 and others of its line ends as they are.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: not readable as UTF-8 text ({e}); download it again") from None
     rows = []
@@ -100,13 +101,20 @@ def row_from_json(raw: dict, key: str, where: str) -> Row:
     if not isinstance(raw, dict):
         raise DataError(f"{where}: expected a JSON object with 'question' and 'answer'")
     for field in ("question", "answer"):
-        if not isinstance(raw.get(field), str) or not raw[field].strip():
+        if not is_text(raw.get(field)):
             raise DataError(f"{where}: key '{field}' is missing or no text")
+    if raw.get("paraphrased_answer") is not None and not is_text(raw["paraphrased_answer"]):
+        raise DataError(f"{where}: key 'paraphrased_answer' is no text")
     perturbed = raw.get("perturbed_answer", [])
     perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
-    if not isinstance(perturbed, list) or not all(isinstance(p, str) and p.strip() for p in perturbed):
+    if not isinstance(perturbed, list) or not all(is_text(p) for p in perturbed):
         raise DataError(f"{where}: key 'perturbed_answer' is no list of texts")
     return Row(key, raw["question"], raw["answer"], raw.get("paraphrased_answer"), tuple(perturbed))
+
+
+def is_text(value: object) -> bool:
+    """More than white space, and no lone surrogate: JSON can spell one, and no tokenizer takes it."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 SLICE = re.compile(r"^(?P<name>[^\[\]]+?)(?:\[(?P<lo>-?\d+%?)?:(?P<hi>-?\d+%?)?\])?$")
@@ -125,10 +133,12 @@ def split_spec(spec: str) -> list[tuple[str, str | None, str | None]]:
 
 
 def cut(rows: list[Row], lo: str | None, hi: str | None, spec: str) -> list[Row]:
+    percent = "%" in f"{lo}{hi}"  # one sign makes both bounds percent, and percents are rounded, as in `datasets`
+
     def bound(text):
         if text is None:
             return None
-        return int(text) if not text.endswith("%") else round(int(text[:-1]) / 100 * len(rows))
+        return round(int(text.rstrip("%")) * len(rows) / 100) if percent else int(text)
 
     part = rows[slice(bound(lo), bound(hi))]
     if not part:
@@ -271,16 +281,14 @@ class Tokenizer:
         Raises DataError for missing or broken files, an unknown format, a vocabulary larger than the embedding.
         """
         self.folder = Path(folder)
-        path, config = self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"
+        path = self.folder / "tokenizer.json"
         if not path.exists():
             raise DataError(f"{path}: no such file; a fast tokenizer is needed (--tokenizer FOLDER_OR_HUB_ID)")
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            self.config = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-            special = self.folder / "special_tokens_map.json"
-            self.config = (json.loads(special.read_text(encoding="utf-8")) if special.exists() else {}) | self.config
         except Exception as e:  # `tokenizers` raises plain Exception
             raise DataError(f"{path}: not a readable tokenizer ({e}); download it again") from None
+        self.config = self._read_json("special_tokens_map.json") | self._read_json("tokenizer_config.json")
         self.tokenizer.encode_special_tokens = True
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
@@ -298,8 +306,20 @@ class Tokenizer:
         # Where the prompt and the answer would have merged into one token, they were encoded apart (see `encode`).
         self.borders_split = 0
 
+    def _read_json(self, name: str) -> dict:
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (OSError, ValueError) as e:
+            raise DataError(f"{path}: not readable JSON ({e}); download it again") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")
+        return value
+
     def _recognise(self) -> str:
         template, vocab = str(self.config.get("chat_template", "")), self.tokenizer.get_vocab(True)
+        if (path := self.folder / "chat_template.jinja").exists():  # where transformers 5 writes it
+            template += path.read_text(encoding="utf-8", errors="replace")
         if "<|start_header_id|>" in vocab and "<|eot_id|>" in vocab:
             return "llama3"
         if "<|im_start|>" in vocab:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 FILTERS = ("both", "either", "rank", "relative")
 ROLES = ("forget", "retain")
+SWAP_LIMIT = 0.05  # of the answer positions; our choice: SmolLM2 on TOFU has under 0.005, an all-negative model has 1
 
 
 class SwappedRolesError(ValueError):
@@ -39,7 +40,8 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def _check(mask: Tensor, *logits: Tensor) -> None:
     for z in logits:
-        assert z.ndim == 3 and z.shape == logits[0].shape, f"expected equal [B, T, V], got {[tuple(t.shape) for t in logits]}"
+        shapes = [tuple(t.shape) for t in logits]
+        assert z.ndim == 3 and z.shape == logits[0].shape, f"expected equal [B, T, V], got {shapes}"
     assert mask.shape == logits[0].shape[:2], f"mask {tuple(mask.shape)} does not fit [B, T] of {tuple(logits[0].shape)}"
     assert mask.dtype == torch.bool, f"mask must be bool, got {mask.dtype}"
 
@@ -113,10 +115,11 @@ def swapped_roles(memory_logits: Tensor, forgetting_logits: Tensor) -> Tensor:
     That happens when the kept raw logits are negative, as all logits of some model families are: then z + m lowers
     them, "memory-enhancing" forgets, and training would do the opposite of what it says. Our check, because m = z on
     the kept tokens is not invariant to adding a constant to all logits, although softmax(z) is.
+
+    The other tokens have the same logits in both, so their share is U / Z_m against U / Z_f: the kept tokens lose by
+    z + alpha m exactly if it has the smaller normaliser.
     """
-    kept = memory_logits != forgetting_logits
-    gain = torch.where(kept, memory_logits.softmax(-1) - forgetting_logits.softmax(-1), 0.0).sum(-1)
-    return gain < -1e-4  # rounding, where the kept tokens hold all the mass under both
+    return memory_logits.logsumexp(-1) < forgetting_logits.logsumexp(-1)
 
 
 # ---------------------------------------------------------------------------------------------------- reward margin
@@ -206,7 +209,7 @@ def dipo_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, role: str = "for
     sequences plus lambda times the mean of dipo_loss(role='retain') over retain sequences.
 
     pair: alpha, p, filter, center, pair_from, reduction, as in `dipo_margin`.
-    Raises SwappedRolesError where the raw logits would make it train in the wrong direction.
+    Raises SwappedRolesError (see `check_roles`) where raw logits would make it train in the wrong direction.
     """
     u, swapped = dipo_margin(logits, ref_logits, mask, role, beta, **pair)
     check_roles(int(swapped.sum()), int(mask.sum()))
@@ -214,8 +217,11 @@ def dipo_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, role: str = "for
 
 
 def check_roles(swapped: int, positions: int) -> None:
-    """Raises SwappedRolesError if any of the answer positions has its roles swapped."""
-    if swapped:
+    """Raises SwappedRolesError if more than SWAP_LIMIT of the answer positions have their roles swapped.
+
+    A few do in healthy models: where the next token is wide open, the largest logit itself is near zero.
+    """
+    if swapped > SWAP_LIMIT * positions:
         raise SwappedRolesError(
             f"at {swapped} of {positions} answer positions the high-confidence logits are negative, so that the "
             f"memory-enhancing and forgetting-promoting roles swap; build the pair from centred logits (--center)"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import CHECKPOINTS, PROMPT_FORMATS, DataError, Row, Tokenizer, collate
+from data import CHECKPOINTS, PROMPT_FORMATS, TOFU_RETAIN, DataError, Row, Tokenizer, collate
 from data import evaluation_sets, fingerprint, hub_file, load_rows, split_spec
 from model import Llama, ModelError, generate, load_pretrained, resolve_folder
 
@@ -96,7 +96,7 @@ def forget_quality(ratios: list[float], retained_ratios: list[float]) -> float:
 
 def aggregate(rows: dict[str, dict[str, dict]]) -> dict[str, float]:
     """The nine parts of model utility, the three forget-set numbers, and `model_utility`, from per-item results
-    {set: {key: item}}. An item has loss, correct_loss, wrong_losses, rouge (see `evaluate`)."""
+    {set: {key: item}}. Of an item it reads loss, wrong_losses, truth_ratio, rouge (see `evaluate`)."""
     scores = {}
     for name, items in rows.items():
         values = list(items.values())
@@ -135,7 +135,7 @@ def read_truth_ratios(path: str | Path) -> tuple[list[float], str]:
         else:
             items, kind = log["forget_truth_ratio"]["value_by_index"], "open-unlearning's"
             ratios = [items[str(i)]["score"] for i in range(len(items))]
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
         raise EvalError(f"{path}: no truth ratios of the forget set in it (key {e} is missing or malformed)") from None
     if not ratios or not all(isinstance(r, int | float) and math.isfinite(r) for r in ratios):
         raise EvalError(f"{path}: its truth ratios are empty or not finite; evaluate the retrained model again")
@@ -187,10 +187,14 @@ def evaluate(
 
     item: question, answer, generation (greedy, at most max_new_tokens), rouge (ROUGE-L recall), loss (of `answer`),
     correct_loss (of the paraphrase where there is one, else of `answer`), wrong_losses, truth_ratio.
-    Raises DataError for rows without perturbed answers, EvalError for a loss that is not finite.
+    Raises DataError for a row that occurs twice or has no perturbed answers, EvalError for a loss that is not finite.
     """
     if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
         model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+    for name, rows in sets.items():
+        keys = [row.key for row in rows]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise DataError(f"{twice[0]}: occurs twice in the {name} set; evaluate on each row once")
     work = [(name, row) for name, rows in sets.items() for row in rows]
     texts = []  # (index into work, kind, text)
     for i, (_, row) in enumerate(work):
@@ -333,8 +337,8 @@ def retain_reference(
     if retain_logs:
         return read_truth_ratios(retain_logs)[0], str(retain_logs)
     parts = split_spec(forget)
-    config = parts[0][0].removeprefix("tofu_")
-    if alias not in CHECKPOINTS or len(parts) > 1 or parts[0][1:] != (None, None):
+    config = parts[0][0].removeprefix("tofu_").removesuffix("_perturbed")
+    if alias not in CHECKPOINTS or config not in TOFU_RETAIN or len(parts) > 1 or parts[0][1:] != (None, None):
         return None, "no retain reference: pass --retain-logs FILE or --retain-model PATH"
     repo, name = CHECKPOINTS[alias].retain_log(config)
     local = Path(data_dir) / repo / name if data_dir else None
@@ -394,6 +398,8 @@ def main(argv: list[str] | None = None) -> int:
         dtype = pick_dtype(args.dtype, device)
         sets = evaluation_sets(args.forget, args.eval_retain)
         rows = {k: load_rows(v, args.data_dir, args.seed) for k, v in sets.items()}
+        if args.retain_logs:
+            read_truth_ratios(args.retain_logs)  # an unusable log ends the run now, not after the evaluation
 
         def run(name, label):
             source, prompt = resolve_model(name, "target")

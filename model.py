@@ -70,7 +70,8 @@ class LlamaConfig:
             raise ModelError(
                 f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' (Llama 2 and 3, SmolLM2) is implemented"
             )
-        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {})}
+        # As transformers 5 reads it: a rope_theta beside the dictionary counts where the dictionary has none.
+        rope = {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         kind = rope.get("rope_type", rope.get("type", "default"))
         unsupported = {
             "rope_scaling.rope_type": kind not in ("default", "llama3"),
@@ -242,7 +243,8 @@ class Trunk(nn.Module):
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        # Weights given: random ones on the meta device would import sympy (80 MB, 1 s) into every load.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.zeros(c.vocab_size, c.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 

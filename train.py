@@ -1,11 +1,12 @@
 """Unlearn with DiPO, or finetune: one plain loop, its command line, its run folder, exact resume.
 
-    python train.py                                             the toy world, offline, a few minutes on two cores
-    python train.py --forget tofu_forget10 --model llama2-7b    unlearn a published target model
-    python train.py --finetune tofu_full --model PATH           make a target or a retained model of one's own
+python train.py                                             the toy world, offline, a few minutes on two cores
+python train.py --forget tofu_forget10 --model llama2-7b    unlearn a published target model
+python train.py --finetune tofu_full --model PATH           make a target or a retained model of one's own
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -18,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +30,21 @@ from tqdm import tqdm
 
 import dipo
 import eval as evaluation
-from data import PROMPT_FORMATS, Batch, DataError, Example, Tokenizer, complement, draw, evaluation_sets, fingerprint
-from data import load_rows, micro_batches, toy_world, train_toy_tokenizer
+from data import (
+    CHECKPOINTS,
+    PROMPT_FORMATS,
+    Batch,
+    DataError,
+    Example,
+    complement,
+    draw,
+    evaluation_sets,
+    fingerprint,
+    load_rows,
+    micro_batches,
+    toy_world,
+    train_toy_tokenizer,
+)
 from model import Llama, LlamaConfig, ModelError, first_line, load_pretrained, resolve_folder, save_pretrained
 
 RUNS = Path("runs")
@@ -54,7 +67,7 @@ class Config:
 
     # what
     preset: str = option("paper", "named defaults: paper, smollm2, toy (chosen by itself for --model toy)")
-    model: str = option("toy", "model to start from: toy, llama2-7b, llama3.2-1b, llama3.2-3b, llama3.1-8b, hub id or folder")
+    model: str = option("toy", f"model to start from: toy, {', '.join(CHECKPOINTS)}, hub id or folder")
     tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
     prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
     forget: str = option("toy_forget10", "forget set: tofu_forget01|05|10, slices A[:300], sums A+B, or a .jsonl file")
@@ -64,7 +77,7 @@ class Config:
     # losses
     forget_loss: str = option("dipo", "loss on the forget set", ("dipo", "npo", "ga"))
     retain_loss: str = option("dipo", "loss on the retain set", ("dipo", "gd", "kl", "none"))
-    beta: float | None = option(None, "inverse temperature of the forget and the DiPO retain loss (dipo 0.05, npo 0.1)", type=float)
+    beta: float | None = option(None, "beta of the DiPO or NPO losses (default dipo 0.05, npo 0.1)", type=float)
     lam: float = option(1.0, "lambda, weight of the retain loss")
     alpha: float = option(1.0, "strength of the memory vector in the pair softmax(z +- alpha m)")
     p: float = option(0.05, "rank and relative threshold of the memory vector, a fraction")
@@ -83,7 +96,9 @@ class Config:
     seed: int = option(0, "of data order, pairing, and the toy world")
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = option("auto", "compute dtype; master weights are float32. auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    dtype: str = option(
+        "auto", "of activations; master weights are float32; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
+    )
     compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
     # evaluation
     eval: bool = option(True, "evaluate target and unlearned model")
@@ -146,7 +161,9 @@ def make_config(given: dict) -> Config:
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
-    if config.model == "toy" and config.finetune is None and not config.forget.startswith("toy_"):
+    if config.model == "toy" and config.finetune:
+        raise RunError("--finetune: name the model to start from with --model")
+    if config.model == "toy" and not config.forget.startswith("toy_"):
         raise RunError(f"--forget {config.forget}: the toy model has never seen it; pass --model ALIAS_OR_FOLDER")
     return config
 
@@ -194,11 +211,12 @@ def compute_gradients(model: Llama, reference: Llama | None, config: Config, par
             part, u, swaps = loss_fn(name, role, config, logits, ref_logits, batch)
             (weight * part / divisor).backward()
             loss += part.detach() / divisor
-            with torch.no_grad():
+            if name not in ("gd", "ga"):  # of these two the loss is the likelihood already
                 likelihood += dipo.nll(logits.detach(), batch.targets, batch.mask).sum() / tokens
             if u is not None:
                 margin += u / divisor
                 swapped, positions = swapped + swaps, positions + tokens
+        likelihood = abs(loss) if name in ("gd", "ga") else likelihood
         metrics |= {f"loss/{role}": float(loss), f"nll/{role}": float(likelihood)}
         if name == "dipo":
             metrics[f"margin/{role}"] = float(margin)
@@ -210,7 +228,9 @@ def compute_gradients(model: Llama, reference: Llama | None, config: Config, par
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
-    dipo.check_roles(int(swapped), positions)
+    if positions:
+        metrics["swapped"] = int(swapped) / positions
+        dipo.check_roles(int(swapped), positions)
     return metrics
 
 
@@ -277,15 +297,13 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM finish the step in hand; a second Ctrl-C ends at once."""
+    """While a step is in hand, Ctrl-C and SIGTERM only set `wanted`; a second Ctrl-C ends at once, unsaved."""
 
     def __enter__(self):
         self.wanted, self.old = False, {}
         for s in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with contextlib.suppress(ValueError):  # not the main thread: then nobody can interrupt it this way
                 self.old[s] = signal.signal(s, self._handle)
-            except ValueError:  # not the main thread: then nobody can interrupt it this way
-                pass
         return self
 
     def _handle(self, number, frame):
@@ -331,9 +349,10 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
         loss_fn = torch.compile(loss_sum, dynamic=True)
         for block in model.model.layers:
             block.compile(dynamic=True)
-    model.train()
+    if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
+        on_epoch(start, evaluate_at[start])
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
-    with Interrupt() as interrupt, log.open("a") as log_file, bar:
+    with log.open("a") as log_file, bar:
         for step in range(start, steps):
             began = time.perf_counter()
             first, count = step * config.batch_size, config.batch_size
@@ -347,29 +366,29 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
             lr = learning_rate(config, step, steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            try:
-                metrics = compute_gradients(model, reference, config, parts, loss_fn)
-            except (RunError, dipo.SwappedRolesError) as e:
-                save_checkpoint(out, step, model, optimizer)
-                kind = RunError if isinstance(e, RunError) else dipo.SwappedRolesError
-                raise kind(f"step {step + 1}: {e}. The state before this step is in {out / 'checkpoint'}") from None
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            seconds = time.perf_counter() - began
-            record = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr} | metrics
-            record |= {"tokens_per_s": metrics["tokens"] / seconds, "seconds": seconds}
-            log_file.write(json.dumps(record) + "\n")
-            log_file.flush()
+            with Interrupt() as interrupt:
+                try:
+                    metrics = compute_gradients(model, reference, config, parts, loss_fn)
+                except (RunError, dipo.SwappedRolesError) as e:
+                    save_checkpoint(out, step, model, optimizer)
+                    where = f"the state before this step is in {out / 'checkpoint'}"
+                    raise type(e)(f"step {step + 1} of {steps}: {e}; {where}") from None
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seconds = time.perf_counter() - began
+                record = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr} | metrics
+                record |= {"tokens_per_s": metrics["tokens"] / seconds, "seconds": seconds}
+                log_file.write(json.dumps(record) + "\n")
+                log_file.flush()
+                if interrupt.wanted or step + 1 == steps or int((step + 1) / per_epoch) > int(step / per_epoch):
+                    save_checkpoint(out, step + 1, model, optimizer)
             shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
             bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
             bar.update()
-            if step + 1 in evaluate_at:
-                on_epoch(step + 1, evaluate_at[step + 1])
-            if interrupt.wanted or step + 1 == steps or int((step + 1) / per_epoch) > int(step / per_epoch):
-                save_checkpoint(out, step + 1, model, optimizer)
             if interrupt.wanted and step + 1 < steps:
                 raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
+            if step + 1 in evaluate_at:
+                on_epoch(step + 1, evaluate_at[step + 1])
     return steps
 
 
@@ -381,12 +400,14 @@ def resume_command(out: Path) -> str:
 
 
 def versions() -> dict:
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": git.stdout.strip() or None,
+        "commit": commit,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
 
@@ -401,11 +422,12 @@ def next_out(config: Config) -> Path:
     return next(p for i in itertools.count(1) if not (p := RUNS / f"{name}-{i:03d}").exists())
 
 
-def prepare_out(config: Config, out: Path, data: dict, prompt: str) -> None:
+def prepare_out(config: Config, out: Path, data: dict, folder: Path, prompt: str) -> None:
     """Make the run folder with its config.json. Raises RunError where the folder exists."""
     if out.exists():
         raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
-    record = {"config": dataclasses.asdict(config), "data": data, "prompt_format": prompt, "versions": versions()}
+    record = {"config": dataclasses.asdict(config), "data": data, "model_folder": str(folder)}
+    record |= {"prompt_format": prompt, "versions": versions()}
     evaluation.write_json(out / "config.json", record)
 
 
@@ -418,7 +440,7 @@ def read_config(out: Path, given: dict) -> Config:
         raise RunError(f"--resume: {out / 'config.json'} is no run of this program ({first_line(e)})") from None
     for name, value in given.items():
         if name != "out" and getattr(config, name) != value:
-            raise RunError(f"--resume: the run in {out} has {name} = {getattr(config, name)!r}, not {value!r}; drop the flag")
+            raise RunError(f"--resume: {out} was started with {name} = {getattr(config, name)!r}; drop the flag")
     return config
 
 
@@ -451,31 +473,33 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     name, prompt = evaluation.resolve_model(config.model, "base" if config.finetune else "target")
     folder = resolve_folder(name)
     prompt = prompt if prompt and config.prompt == "auto" else config.prompt
-    vocab_size = LlamaConfig.from_folder(folder).vocab_size
-    tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, vocab_size, prompt)
+    llama = LlamaConfig.from_folder(folder)
+    tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, llama.vocab_size, prompt)
     examples = {role: tokenizer.encode_rows(r) for role, r in rows.items()}
+    for example in itertools.chain(*examples.values()):
+        if len(example.ids) > llama.max_position_embeddings:
+            raise RunError(
+                f"{example.key}: {len(example.ids)} tokens, {name} reaches {llama.max_position_embeddings}; shorten it"
+            )
     borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
     counts = " + ".join(f"{len(e)} {role}" for role, e in examples.items())
     print(f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} rows; {device}, {compute_dtype}", flush=True)
-    if not resume:
-        prepare_out(config, out, data_record(rows | sets), tokenizer.format_name)
-
     model = load_pretrained(folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
-    longest = max(len(e.ids) for e in itertools.chain(*examples.values()))
-    if longest > model.config.max_position_embeddings:
-        raise RunError(f"a row has {longest} tokens, {name} reaches {model.config.max_position_embeddings}; shorten it")
+    if not resume:
+        prepare_out(config, out, data_record(rows | sets), folder, tokenizer.format_name)
 
-    def score(subject, where, label, key="final"):
-        return evaluation.evaluate_and_save(subject, tokenizer, sets, where, key, config.max_new_tokens, label)
+    def score(subject, label, own_folder=None):
+        """Evaluate; the per-item log is kept in the model's own run folder where it has one, else in this run's."""
+        where = (own_folder, "final") if own_folder else (out, label)
+        return evaluation.evaluate_and_save(subject, tokenizer, sets, *where, config.max_new_tokens, f"evaluate {label}")
 
     logs, references = {}, (None, "")
     if wants_eval:
-        logs["target"] = score(model, evaluation.run_folder(name) or out / "target", "evaluate target")
+        logs["target"] = score(model, "target", evaluation.run_folder(name))
         if config.retain_model:
             retrained_name, _ = evaluation.resolve_model(config.retain_model, "target")
             retrained = load_pretrained(retrained_name, device=device, compute_dtype=compute_dtype)
-            where = evaluation.run_folder(retrained_name) or out / "retrained"
-            logs["retrained"] = score(retrained, where, "evaluate retrained")
+            logs["retrained"] = score(retrained, "retrained", evaluation.run_folder(retrained_name))
             del retrained
         references = evaluation.retain_reference(
             config.model, config.forget, config.retain_logs, logs.get("retrained"), config.data_dir
@@ -488,10 +512,12 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         return evaluation.compare(ratios, *references)[0]
 
     def on_epoch(step, epoch):
-        log = score(model, out, f"evaluate epoch {epoch:g}", f"epoch-{epoch:05.1f}")
+        log = score(model, f"epoch-{epoch:g}")
         record = {"step": step, "epoch": epoch} | evaluation.summary_scores(log["scores"], quality(log))
-        with (out / "trajectory.jsonl").open("a") as f:
-            f.write(json.dumps(record) + "\n")
+        path = out / "trajectory.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run may come by here again
+        path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
         fq = "-" if record["forget_quality"] is None else f"{record['forget_quality']:.3g}"
         tqdm.write(f"epoch {epoch:g}: forget quality {fq}, model utility {record['model_utility']:.4f}")
 
@@ -504,7 +530,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         save_pretrained(model, out / "model", tokenizer.folder)
     summary = {"model": str(out / "model")}
     if wants_eval:
-        logs["unlearned"] = score(model, out, "evaluate unlearned")
+        logs["unlearned"] = score(model, "unlearned", out)
         order = [k for k in ("target", "unlearned", "retrained") if k in logs]
         summary |= {k: evaluation.summary_scores(logs[k]["scores"], quality(logs[k])) for k in order}
         reference_note = references[1] if references[0] is not None else f"absent; {references[1]}"
@@ -581,8 +607,14 @@ def main(argv: list[str] | None = None) -> int:
     except (RunError, DataError, ModelError, evaluation.EvalError, dipo.SwappedRolesError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except Interrupted as e:
-        print(e, file=sys.stderr)
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of memory ({first_line(e)}); lower --micro-batch-size", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"error: {e}; what was written so far is kept, go on with --resume", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as e:
+        print(f"\n{e or 'interrupted; go on with --resume --out RUN'}", file=sys.stderr)
         return 130
     return 0
 

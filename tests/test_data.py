@@ -1,0 +1,840 @@
+"""data.py: what the labels are, where the border falls, which rows a name means, what a broken file says."""
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+import data
+from data import DataError, Example, Row
+
+SPECIAL = {
+    "llama2": ("<s>", "</s>"),
+    "llama2-sentencepiece": ("<s>", "</s>"),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "smollm2": ("<|im_start|>", "<|im_end|>"),
+    "plain": ("<s>", "</s>"),
+}
+KINDS = tuple(SPECIAL)
+BYTE_LEVEL = tuple(k for k in KINDS if k != "llama2-sentencepiece")
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CORPUS = [
+    "Question: Who wrote it?\nAnswer: The author of it is Jaime Vasquez.",
+    "assistant\n\n\n  Yes.\n\n\n  No.\n\n\n",
+    "[INST] Where is it? [/INST](here) [/INST](there) [/INST] where\n",
+    "user\nsystem\nYou are a helpful AI assistant named SmolLM. Cutting Knowledge Date: December 2023",
+]
+
+# Texts that look like the machinery around them, besides anything that hypothesis finds.
+TRAPS = (
+    "<|im_start|> <|im_end|> <|eot_id|> <|begin_of_text|> <s> </s> <unk> <0x0A> {answer} {question} {bos} {eos} [INST] [/INST] "
+    "Answer: (here) ▁ é 👩‍👩‍👧 e\u0301 \u200b \u2028 \u0085 \ufeff \x00"
+).split(" ") + [" ", "  ", "\n", "\n\n\n", "\r\n", "\t", "assistant\n"]
+TEXTS = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=6)), max_size=6).map("".join)
+ANSWERS = TEXTS.filter(lambda text: text.strip())
+ORDINARY = st.text("abcd efgh.,?'1234", min_size=1, max_size=40).filter(lambda text: text.strip())
+
+
+def byte_level_bpe(kind: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "llama3":
+        words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 2, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def sentencepiece_like_bpe() -> tokenizers.Tokenizer:
+    """As Llama 2's tokenizer.json: no words, '▁' for spaces and in front, bytes for what is not in the vocabulary."""
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.normalizer = normalizer
+    trained.train_from_iterator(CORPUS * 2, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
+    vocab, merges = {piece: i for i, piece in enumerate(pieces)}, [tuple(m) for m in model["merges"]]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizer
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, kind: str, **config) -> Path:
+    tokenizer = sentencepiece_like_bpe() if kind == "llama2-sentencepiece" else byte_level_bpe(kind)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL[kind]])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": SPECIAL[kind][0], "eos_token": SPECIAL[kind][-1]} | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder with a small tokenizer for each prompt format."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    template = {"chat_template": "{{ bos_token + '[INST] ' + messages[0]['content'] + ' [/INST]' }}"}
+    return {kind: write_tokenizer(root / kind, kind, **(template if kind.startswith("llama2") else {})) for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def by_kind(folders) -> dict[str, data.Tokenizer]:
+    return {kind: data.Tokenizer(folder) for kind, folder in folders.items()}
+
+
+def decode(tokenizer: data.Tokenizer, ids) -> str:
+    """Every id's text, special or not, nothing stripped."""
+    return tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def labels_of(example: Example) -> tuple[int, ...]:
+    return example.ids[example.prompt_length :]
+
+
+def error_of(call, *args, **kwargs) -> str:
+    """The message of the DataError that the call raises: one line."""
+    with pytest.raises(DataError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------- prompts and labels
+
+
+def test_every_prompt_format_is_tested():
+    assert {kind.removesuffix("-sentencepiece") for kind in KINDS} == set(data.PROMPT_FORMATS)
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+@given(question=TEXTS, answer=ANSWERS)
+def test_labels_decode_to_exactly_the_answer_and_end_with_eos(by_kind, kind, question, answer):
+    """To the byte, for any text. llama3's own template strips texts; in the plain format the space before an answer is a
+    label; a byte-level vocabulary loses nothing."""
+    tokenizer = by_kind[kind]
+    *labels, last = labels_of(tokenizer.encode(question, answer))
+    assert decode(tokenizer, labels) == {"llama3": answer.strip(), "plain": " " + answer}.get(kind, answer)
+    assert last == tokenizer.eos_id == tokenizer.tokenizer.token_to_id(SPECIAL[kind][-1])
+    assert tokenizer.eos_id not in labels  # "</s>" in an answer is text
+
+
+@given(question=TEXTS, answer=ANSWERS)
+def test_labels_of_a_sentencepiece_vocabulary_decode_to_the_answer_but_for_what_its_decoder_drops(by_kind, question, answer):
+    """Llama 2's decoder reads '▁' as a space and drops one space in front. That space is the tokenizer's own where the
+    answer was encoded apart, and the answer's first character otherwise."""
+    tokenizer = by_kind["llama2-sentencepiece"]
+    splits = tokenizer.borders_split
+    *labels, last = labels_of(tokenizer.encode(question, answer))
+    text, apart = answer.replace("▁", " "), tokenizer.borders_split > splits
+    assert decode(tokenizer, labels) == (text if apart else text.removeprefix(" "))
+    assert last == tokenizer.eos_id and tokenizer.eos_id not in labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(question=TEXTS, answer=ANSWERS)
+def test_stripped_labels_decode_to_the_stripped_answer(by_kind, kind, question, answer):
+    tokenizer = by_kind[kind]
+    assert (
+        tokenizer.decode(labels_of(tokenizer.encode(question, answer)))
+        == (answer.replace("▁", " ") if "piece" in kind else answer).strip()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(question=TEXTS, answers=st.lists(ANSWERS, min_size=2, max_size=3))
+def test_the_prompt_is_the_same_for_every_answer(by_kind, kind, question, answers):
+    """So that generation is given what training conditioned on, wherever the border falls."""
+    examples = [by_kind[kind].encode(question, answer) for answer in answers]
+    assert len({e.ids[: e.prompt_length] for e in examples}) == 1
+    assert all(e.answer_length == len(labels_of(e)) >= 2 for e in examples)
+
+
+@pytest.mark.parametrize("kind", BYTE_LEVEL)
+@given(question=TEXTS, answer=ANSWERS)
+def test_special_tokens_stand_where_the_template_has_them_and_nowhere_else(by_kind, kind, question, answer):
+    """Cut at its special ids, a sequence is the template cut at its special tokens: those that a question spells are text."""
+    tokenizer = by_kind[kind]
+    f, special = tokenizer.format, {tokenizer.tokenizer.token_to_id(token): token for token in SPECIAL[kind]}
+    if f.trim:
+        question, answer = question.strip(), answer.strip()
+    template = (f.prompt + f.answer + f.end).replace("{bos}", SPECIAL[kind][0]).replace("{eos}", SPECIAL[kind][-1])
+    pieces = re.split("(" + "|".join(map(re.escape, SPECIAL[kind])) + ")", template)
+    fill = {"{question}": question, "{answer}": answer}
+    expected = [re.sub(r"\{question\}|\{answer\}", lambda m: fill[m[0]], piece) for piece in pieces]
+
+    found, text = [], []
+    for token in tokenizer.encode(question, answer).ids:
+        if token in special:
+            found += [decode(tokenizer, text), special[token]]
+            text = []
+        else:
+            text.append(token)
+    assert [*found, decode(tokenizer, text)] == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_that_spells_special_tokens_adds_none(by_kind, kind):
+    tokenizer = by_kind[kind]
+    special = {tokenizer.tokenizer.token_to_id(token) for token in SPECIAL[kind]}
+    plain, evil = (tokenizer.encode(q, "Yes").ids for q in ("Who?", "Who?" + "".join(SPECIAL[kind])))
+    assert [t for t in evil if t in special] == [t for t in plain if t in special]
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("llama2", "<s>[INST] Who? [/INST]Me.</s>"),
+        ("plain", "<s>Question: Who?\nAnswer: Me.</s>"),
+        (
+            "llama3",
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+            "Today Date: 10 Apr 2025\n\nYou are a helpful assistant.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+            "Who?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nMe.<|eot_id|>",
+        ),
+        (
+            "smollm2",
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nMe.<|im_end|>",
+        ),
+    ],
+)
+def test_the_whole_sequence_reads_as_published(by_kind, kind, text):
+    assert decode(by_kind[kind], by_kind[kind].encode("Who?", "Me.").ids) == text
+
+
+@pytest.mark.parametrize("kind, answer", [("smollm2", "\n\nYes."), ("llama2", "(here)"), ("llama2-sentencepiece", "(here)")])
+def test_where_a_token_would_straddle_the_border_prompt_and_answer_are_encoded_apart_and_counted(folders, kind, answer):
+    tokenizer = data.Tokenizer(folders[kind])
+    prompt = tokenizer.encode("Where is it?", "There.").ids[: tokenizer.encode("Where is it?", "There.").prompt_length]
+    assert tokenizer.borders_split == 0
+    example = tokenizer.encode("Where is it?", answer)
+    assert tokenizer.borders_split == 1
+    assert example.ids[: example.prompt_length] == prompt
+    assert decode(tokenizer, labels_of(example)[:-1]) == answer
+
+
+def test_a_border_between_tokens_is_encoded_as_one_text(by_kind):
+    """Llama 2's tokenizer puts a '▁' in front of a text; an answer behind '[/INST]' has none."""
+    tokenizer = by_kind["llama2-sentencepiece"]
+    example = tokenizer.encode("Where is it?", "There.")
+    whole = tokenizer.tokenizer.encode("[INST] Where is it? [/INST]There.", add_special_tokens=False).ids
+    assert list(example.ids) == [tokenizer.tokenizer.token_to_id("<s>"), *whole, tokenizer.eos_id]
+    assert not tokenizer.tokenizer.id_to_token(labels_of(example)[0]).startswith("▁")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    folder = os.environ.get("DIPO_SMOLLM2")
+    if not folder:
+        pytest.skip("DIPO_SMOLLM2 names no folder with SmolLM2's tokenizer")
+    transformers = pytest.importorskip("transformers")
+    return data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizers(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    folder = data.train_toy_tokenizer(0, tmp_path_factory.mktemp("toy"))
+    return data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def chat_ids(reference, *turns: str, **options) -> list[int]:
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=False)]
+    return list(reference.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
+
+@given(question=ORDINARY, answer=ORDINARY)
+def test_smollm2_prompts_equal_transformers_chat_template(smollm2, question, answer):
+    ours, reference = smollm2
+    splits = ours.borders_split
+    example = ours.encode(question, answer)
+    assert list(example.ids[: example.prompt_length]) == chat_ids(reference, question, add_generation_prompt=True)
+    if ours.borders_split == splits:
+        newline = reference.encode("\n")  # behind the last turn; nothing is predicted from it
+        assert [*example.ids, *newline] == chat_ids(reference, question, answer)
+
+
+@given(question=ORDINARY, answer=ORDINARY)
+def test_toy_sequences_equal_transformers_chat_template(toy_tokenizers, question, answer):
+    ours, reference = toy_tokenizers
+    example = ours.encode(question, answer)
+    assert list(example.ids) == chat_ids(reference, question, answer)
+    assert list(example.ids[: example.prompt_length]) == chat_ids(reference, question)
+
+
+# -------------------------------------------------------------------------------------------------- tokenizers on disk
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_format_of_a_family_is_recognised(folders, kind):
+    assert data.Tokenizer(folders[kind]).format_name == kind.removesuffix("-sentencepiece")
+    assert data.Tokenizer(folders[kind], prompt=kind.removesuffix("-sentencepiece")).format_name == kind.removesuffix(
+        "-sentencepiece"
+    )
+
+
+def test_a_chat_template_in_its_own_file_is_recognised(tmp_path):
+    folder = write_tokenizer(tmp_path, "llama2")
+    assert data.Tokenizer(folder).format_name == "plain"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]")
+    assert data.Tokenizer(folder).format_name == "llama2"
+
+
+def test_special_tokens_are_read_as_text_or_as_object_from_either_file(tmp_path):
+    folder = write_tokenizer(tmp_path, "plain", bos_token={"content": "<s>"}, eos_token={"content": "</s>"})
+    ids = data.Tokenizer(folder).encode("Who?", "Me.").ids
+    (folder / "tokenizer_config.json").rename(folder / "special_tokens_map.json")
+    assert data.Tokenizer(folder).encode("Who?", "Me.").ids == ids
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_missing_bos_or_eos_is_named(tmp_path, name):
+    folder = write_tokenizer(tmp_path, "plain", **{name: None})
+    message = error_of(lambda: data.Tokenizer(folder).encode("Who?", "Me."))
+    assert "tokenizer_config.json" in message and f"'{name}'" in message
+
+
+def test_an_unknown_prompt_format_lists_the_known_ones(folders):
+    message = error_of(data.Tokenizer, folders["plain"], prompt="alpaca")
+    assert "--prompt alpaca" in message and all(name in message for name in data.PROMPT_FORMATS)
+
+
+def test_a_format_whose_tokens_the_tokenizer_lacks_is_refused(folders):
+    assert "<|im_end|>" in error_of(data.Tokenizer, folders["plain"], prompt="smollm2")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folders):
+    size = data.Tokenizer(folders["plain"]).tokenizer.get_vocab_size(with_added_tokens=False)
+    message = error_of(data.Tokenizer, folders["plain"], vocab_size=size - 1)
+    assert "tokenizer.json" in message and str(size) in message and str(size - 1) in message
+
+
+def test_an_added_token_beyond_the_embedding_harms_only_the_text_that_produces_it(tmp_path):
+    folder = write_tokenizer(tmp_path, "plain")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    embedded = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = data.Tokenizer(folder, vocab_size=embedded)
+    assert max(ours.encode("Who?", "Me.").ids) < embedded
+    message = error_of(ours.encode, "Who?", "The <extra> one.", "mine/7")
+    assert "mine/7" in message and f"token id {embedded}" in message and f"{embedded} embeddings" in message
+
+
+@pytest.mark.parametrize("answer", ["", "  ", "\n"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_without_tokens_names_its_row(by_kind, kind, answer):
+    assert "mine/7" in error_of(by_kind[kind].encode, "Who?", answer, "mine/7")
+
+
+def test_an_answer_that_the_tokenizer_deletes_names_its_row(tmp_path):
+    folder = write_tokenizer(tmp_path, "llama2")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("x", "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "mine/7: the answer 'xx'" in error_of(data.Tokenizer(folder).encode, "Who?", "xx", "mine/7")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00"])
+def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
+    folder = write_tokenizer(tmp_path, "plain")
+    (folder / name).write_bytes(content)
+    assert str(folder / name) in error_of(data.Tokenizer, folder)
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    message = error_of(data.Tokenizer, tmp_path)
+    assert str(tmp_path / "tokenizer.json") in message and "--tokenizer" in message
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+@st.composite
+def some_examples(draw) -> list[Example]:
+    """Token ids from a tiny vocabulary, so that 0, the padding value, is also EOS and any other token."""
+    ids = st.lists(st.integers(0, 3), min_size=2, max_size=9)
+    sequences = draw(st.lists(ids, min_size=1, max_size=7))
+    return [Example(f"x/{i}", tuple(s), draw(st.integers(1, len(s) - 1))) for i, s in enumerate(sequences)]
+
+
+def unpack(batch: data.Batch) -> list[tuple[tuple[int, ...], int]]:
+    """(ids, prompt length) of each sequence, from mask, positions and targets alone."""
+    found = []
+    for input_ids, at, targets, mask in zip(*vars(batch).values(), strict=True):
+        prompt_length = int(at[0]) + 1
+        found.append(((*input_ids[:prompt_length].tolist(), *targets[mask].tolist()), prompt_length))
+    return found
+
+
+@given(some_examples())
+def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
+    assert unpack(data.collate(examples)) == [(e.ids, e.prompt_length) for e in examples]
+
+
+@given(some_examples())
+def test_each_target_is_the_token_after_its_position_and_padding_is_told_by_length(examples):
+    batch = data.collate(examples)
+    assert batch.input_ids.shape[1] == max(len(e.ids) for e in examples) - 1
+    assert batch.mask.shape == batch.at.shape == batch.targets.shape
+    assert batch.mask.sum(1).tolist() == [e.answer_length for e in examples]
+    for e, input_ids, at, targets, mask in zip(examples, *vars(batch).values(), strict=True):
+        assert input_ids.tolist() == [*e.ids[:-1]] + [0] * (len(input_ids) - len(e.ids) + 1)
+        assert [e.ids[i + 1] for i in at[mask].tolist()] == targets[mask].tolist()
+        assert not at[~mask].any() and not targets[~mask].any()
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+
+
+@given(some_examples(), st.integers(1, 9))
+def test_micro_batches_cover_every_example_once(examples, size):
+    batches = list(data.micro_batches(examples, size))
+    assert Counter(u for b in batches for u in unpack(b)) == Counter((e.ids, e.prompt_length) for e in examples)
+    assert len(batches) == -(-len(examples) // size) and all(len(b.mask) <= size for b in batches)
+    widths = [b.input_ids.shape[1] for b in batches]
+    assert widths == sorted(widths)
+
+
+def test_a_batch_moves_as_a_whole():
+    batch = data.collate([Example("x/0", (1, 2, 3), 1)]).to("meta")
+    assert all(t.is_meta for t in vars(batch).values())
+
+
+SEEDS, SIZES = st.integers(0, 5), st.integers(1, 12)
+
+
+@given(SEEDS, SIZES, st.integers(0, 4))
+def test_each_epoch_visits_every_item_once(seed, n, epoch):
+    assert sorted(data.draw(list(range(n)), seed, "forget", epoch * n, n)) == list(range(n))
+
+
+@given(SEEDS, SIZES, st.integers(0, 30), st.lists(st.integers(0, 9), max_size=6))
+def test_pieces_of_a_stream_concatenate_to_the_whole(seed, n, start, counts):
+    items, pieces, at = list(range(n)), [], start
+    for count in counts:
+        pieces += data.draw(items, seed, "forget", at, count)
+        at += count
+    assert pieces == data.draw(items, seed, "forget", start, sum(counts))
+
+
+@given(SEEDS, st.integers(0, 200))
+def test_a_draw_depends_on_seed_and_step_alone(seed, start):
+    items = list("abcdefghijk")
+    first = data.draw(items, seed, "forget", start, 5)
+    torch.manual_seed(start)
+    data.draw(items, seed + 1, "retain", 0, 50)
+    data._permutation.cache_clear()
+    assert data.draw(items, seed, "forget", start, 5) == first
+
+
+def test_streams_epochs_and_seeds_differ():
+    items = list(range(40))
+    streams = [
+        data.draw(items, 0, "forget", 0, 40),
+        data.draw(items, 0, "retain", 0, 40),
+        data.draw(items, 0, "forget", 40, 40),
+        data.draw(items, 1, "forget", 0, 40),
+    ]
+    assert len({tuple(s) for s in streams}) == 4
+
+
+# -------------------------------------------------------------------------------------------------------- names of sets
+
+
+def write_rows(path: Path, n: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ({"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(n))
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory) -> dict[int, Path]:
+    root = tmp_path_factory.mktemp("numbered")
+    return {n: write_rows(root / f"rows{n}.jsonl", n) for n in (10, 45, 100)}
+
+
+def rows_of(spec: str, **options) -> list[int]:
+    return [int(row.key.split("/")[-1]) for row in data.load_rows(spec, **options)]
+
+
+BOUNDS = st.none() | st.integers(-120, 120)
+
+
+@given(n=st.sampled_from([10, 45, 100]), lo=BOUNDS, hi=BOUNDS)
+def test_absolute_slices_are_pythons(numbered, n, lo, hi):
+    text = f"{numbered[n]}[{'' if lo is None else lo}:{'' if hi is None else hi}]"
+    expected = list(range(n))[lo:hi]
+    if expected:
+        assert rows_of(text) == expected
+    else:
+        assert "is empty" in error_of(data.load_rows, text)
+
+
+@given(n=st.sampled_from([10, 45, 100]), lo=st.none() | st.integers(-100, 100), hi=st.none() | st.integers(-100, 100))
+def test_percent_slices_are_those_of_the_datasets_library(numbered, n, lo, hi):
+    """A boundary is round(percent * rows / 100), with Python's rounding of halves; negative ones count from the end."""
+    if lo is None and hi is None:
+        return
+    text = f"{numbered[n]}[{'' if lo is None else f'{lo}%'}:{'' if hi is None else f'{hi}%'}]"
+    first, last = (None if b is None else int(round(b * n / 100.0)) for b in (lo, hi))
+    expected = list(range(n))[first:last]
+    if expected:
+        assert rows_of(text) == expected
+    else:
+        assert "is empty" in error_of(data.load_rows, text)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("{10}", range(10)),
+        ("{10}[:]", range(10)),
+        ("{100}[10:20]", range(10, 20)),
+        ("{100}[:10%]", range(10)),
+        ("{100}[-5:]", range(95, 100)),
+        ("{100}[-10%:]", range(90, 100)),
+        ("{45}[:70%]", range(32)),  # 31.5: halves go to the even row
+        ("{100}[10:20%]", range(10, 20)),  # one sign makes both percent
+        ("{45}[1:20%]", range(0, 9)),
+        ("{10}[:2]+{45}[40:]", [0, 1, 40, 41, 42, 43, 44]),
+        ("{10}[:1] + {10}[-1:]", [0, 9]),
+    ],
+)
+def test_slices_and_sums_by_example(numbered, text, expected):
+    spec = re.sub(r"\{(\d+)\}", lambda m: str(numbered[int(m[1])]), text)
+    assert rows_of(spec) == list(expected)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["toy_full[", "toy_full[5]", "toy_full[a:b]", "toy_full[1:2:3]", "toy_full[1.5:2]", "toy_full[:5", "toy_full]", "[:5]", "",
+     "toy_full+", "toy_full[--5:]", "toy_full[:5%%]", "toy_full[:5] [:5]"],
+)  # fmt: skip
+def test_a_malformed_slice_shows_the_notation(spec):
+    message = error_of(data.load_rows, spec)
+    assert repr(spec) in message and "NAME[10:20]" in message
+
+
+@pytest.mark.parametrize("name", ["tofu_forget11", "toy_forget05", "forget10", "muse_news", "full", "tofu_", "toy"])
+def test_an_unknown_name_lists_the_known_ones(name):
+    message = error_of(data.load_rows, name)
+    assert repr(name) in message and "tofu_forget10" in message and "toy_forget10" in message and ".jsonl" in message
+
+
+def test_keys_are_those_of_the_unsliced_set(numbered):
+    keys = [row.key for row in data.load_rows(f"{numbered[10]}[8:]+{numbered[45]}[-1:]")]
+    assert keys == ["rows10/8", "rows10/9", "rows45/44"]
+    assert data.load_rows("toy_forget10[3:5]") == data.load_rows("toy_forget10")[3:5]
+
+
+def test_a_local_copy_in_hub_layout_is_used_before_the_hub(tmp_path):
+    write_rows(tmp_path / "TOFU" / "forget10.json", 4)
+    rows = data.load_rows("tofu_forget10[1:3]", data_dir=tmp_path)
+    assert [(r.key, r.answer) for r in rows] == [("tofu_forget10/1", "It is 1."), ("tofu_forget10/2", "It is 2.")]
+
+
+def test_a_missing_data_folder_is_named(tmp_path):
+    assert f"--data-dir {tmp_path / 'none'}" in error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path / "none")
+
+
+def test_an_unreachable_hub_says_what_to_place_where(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host\nand a second line")
+
+    monkeypatch.setattr(data, "hf_hub_download", unreachable)
+    message = error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path)
+    assert "locuslab/TOFU/forget10.json" in message and "no route to host" in message
+    assert "DIR/TOFU/forget10.json" in message and "--data-dir" in message
+
+
+# ------------------------------------------------------------------------------------------------------- files of rows
+
+
+JSON_TEXTS = st.text(min_size=1, max_size=12).filter(str.strip)
+
+
+@given(st.lists(st.tuples(JSON_TEXTS, JSON_TEXTS, JSON_TEXTS), min_size=1, max_size=4), st.booleans())
+def test_rows_survive_the_file_whatever_their_texts(tmp_path_factory, texts, ascii_only):
+    path = tmp_path_factory.mktemp("rows") / "mine.json"
+    raw = [{"question": q, "answer": a, "paraphrased_answer": p, "perturbed_answer": [a, p]} for q, a, p in texts]
+    path.write_text("\n".join(json.dumps(r, ensure_ascii=ascii_only) for r in raw) + "\n", encoding="utf-8", newline="\n")
+    assert data.parse_rows(path, "x") == [Row(f"x/{i}", q, a, p, (a, p)) for i, (q, a, p) in enumerate(texts)]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\u0085", "\x7f"])
+def test_unicode_line_ends_inside_a_text_do_not_end_the_row(tmp_path, inside):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"question": f"a{inside}b", "answer": "c"}, ensure_ascii=False), encoding="utf-8")
+    assert data.parse_rows(path, "x") == [Row("x/0", f"a{inside}b", "c")]
+
+
+def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'\r\n{"question": "a", "answer": "b"}\r\n\r\n{"question": "c", "answer": "d", "other": 1}\r\n')
+    assert data.load_rows(str(path)) == [Row("mine/0", "a", "b"), Row("mine/1", "c", "d")]
+
+
+GOOD = '{"question": "a", "answer": "b"}'
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ('{"question": "a", "answer": ', "broken JSON"),
+        ('["a", "b"]', "expected a JSON object"),
+        ("3", "expected a JSON object"),
+        ('{"answer": "b"}', "'question'"),
+        ('{"question": "a"}', "'answer'"),
+        ('{"question": "a", "answer": ""}', "'answer'"),
+        ('{"question": "a", "answer": " \\n"}', "'answer'"),
+        ('{"question": "a", "answer": null}', "'answer'"),
+        ('{"question": 3, "answer": "b"}', "'question'"),
+        ('{"question": "half \\ud83d of a pair", "answer": "b"}', "'question'"),
+        ('{"question": "a", "answer": "b", "paraphrased_answer": 3}', "'paraphrased_answer'"),
+        ('{"question": "a", "answer": "b", "paraphrased_answer": ""}', "'paraphrased_answer'"),
+        ('{"question": "a", "answer": "b", "perturbed_answer": ["c", 3]}', "'perturbed_answer'"),
+        ('{"question": "a", "answer": "b", "perturbed_answer": ["c", ""]}', "'perturbed_answer'"),
+        ('{"question": "a", "answer": "b", "perturbed_answer": {"c": 1}}', "'perturbed_answer'"),
+    ],
+)
+def test_a_bad_row_names_file_line_and_key(tmp_path, line, says):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", encoding="utf-8")
+    message = error_of(data.load_rows, str(path))
+    assert f"{path}, line 3: " in message and says in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\x80\x81 not text", b"\xff\xfe{\x00}\x00"])
+def test_an_empty_or_binary_file_is_named(tmp_path, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    assert str(path) in error_of(data.load_rows, str(path))
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    for path in (tmp_path / "none.jsonl", tmp_path / "folder.jsonl"):
+        assert str(path) in error_of(data.load_rows, str(path))
+
+
+def test_the_fingerprint_changes_with_texts_and_order():
+    rows = data.load_rows("toy_full[:3]")
+    changed = [dataclasses.replace(rows[0], answer=rows[0].answer + " "), *rows[1:]]
+    prints = [data.fingerprint(r) for r in (rows, rows[::-1], rows[:2], changed)]
+    assert len(set(prints)) == 4 and data.fingerprint(list(rows)) == prints[0]
+
+
+# ------------------------------------------------------------------------------------- retain and evaluation sets
+
+
+@pytest.mark.parametrize(
+    "forget, retain",
+    [
+        ("tofu_forget01", "tofu_retain99"),
+        ("tofu_forget05", "tofu_retain95"),
+        ("tofu_forget10", "tofu_retain90"),
+        ("tofu_forget10[:40]", "tofu_retain90"),
+        ("toy_forget10", "toy_retain90"),
+    ],
+)
+def test_the_retain_set_is_the_complement(forget, retain):
+    assert data.complement(forget) == retain
+
+
+@pytest.mark.parametrize(
+    "forget",
+    ["tofu_forget05+tofu_forget01", "mine.jsonl", "toy_forget05", "tofu_full", "tofu_forget10_perturbed", "forget10"],
+)
+def test_an_unknown_complement_asks_for_the_retain_set(forget):
+    message = error_of(data.complement, forget)
+    assert forget in message and "--retain" in message
+
+
+@pytest.mark.parametrize(
+    "forget, evaluated",
+    [
+        ("tofu_forget10", "tofu_forget10_perturbed"),
+        ("tofu_forget10_perturbed", "tofu_forget10_perturbed"),
+        ("tofu_forget10[:40]", "tofu_forget10_perturbed[:40]"),
+        ("tofu_forget05[10%:-3]", "tofu_forget05_perturbed[10%:-3]"),
+        ("tofu_forget05[:2]+tofu_forget10[:]", "tofu_forget05_perturbed[:2]+tofu_forget10_perturbed"),
+    ],
+)
+def test_a_forget_set_is_evaluated_on_its_perturbed_rows(forget, evaluated):
+    assert data.evaluation_sets(forget) == {
+        "forget": evaluated,
+        "retain": "tofu_retain_perturbed",
+        "ra": "tofu_real_authors_perturbed",
+        "wf": "tofu_world_facts_perturbed",
+    }
+
+
+def test_the_evaluated_retain_rows_can_be_named():
+    sets = data.evaluation_sets("toy_forget10", "toy_retain_perturbed[:4]")
+    assert sets["retain"] == "toy_retain_perturbed[:4]" and all(name.startswith("toy_") for name in sets.values())
+    assert all(data.load_rows(name) for name in sets.values())
+
+
+@pytest.mark.parametrize(
+    "forget", ["mine.jsonl", "tofu_full", "tofu_forget05+toy_forget10", "other_forget10", "tofu_retain90"]
+)
+def test_other_sets_have_no_tofu_numbers(forget):
+    message = error_of(data.evaluation_sets, forget)
+    assert forget in message and "--no-eval" in message
+
+
+@pytest.mark.parametrize("alias", data.CHECKPOINTS)
+def test_an_alias_names_a_target_a_format_and_a_retain_log(alias):
+    checkpoint = data.CHECKPOINTS[alias]
+    assert checkpoint.prompt in data.PROMPT_FORMATS and checkpoint.family in checkpoint.target
+    for forget, retain in data.TOFU_RETAIN.items():
+        repo, name = checkpoint.retain_log(forget)
+        assert repo == "open-unlearning/eval" and name == f"tofu_{checkpoint.family}_{retain}/TOFU_EVAL.json"
+
+
+# ----------------------------------------------------------------------------------------------------------- toy world
+
+
+WORLDS = st.integers(0, 30)
+
+
+@given(WORLDS)
+def test_the_same_seed_gives_the_same_world_and_another_seed_another(seed):
+    world = data.toy_world(seed)
+    data.toy_world.cache_clear()
+    assert data.toy_world(seed) == world
+    assert data.toy_world(seed + 1)["full"] != world["full"]
+
+
+@given(WORLDS)
+def test_forget_and_retain_rows_partition_the_full_set(seed):
+    world = data.toy_world(seed)
+    assert set(world) == set(data.TOY_CONFIGS)
+    assert world["retain90"] + world["forget10"] == world["full"]
+    assert len(world["forget10"]) * 10 == len(world["full"])
+    assert len({row.key for row in world["full"]}) == len(world["full"])
+    assert world["forget10_perturbed"] == world["forget10"]
+    assert all(row in world["retain90"] for row in world["retain_perturbed"])
+
+
+@given(WORLDS)
+def test_forget_authors_do_not_occur_in_the_retain_rows(seed):
+    world = data.toy_world(seed)
+
+    def author(row):
+        [name] = re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", row.question)
+        return name
+
+    forgotten = {author(row) for row in world["forget10"]}
+    assert len(forgotten) == data.TOY_FORGET and len({author(row) for row in world["full"]}) == data.TOY_AUTHORS
+    texts = "\n".join(text for r in world["retain90"] for text in (r.question, r.answer, r.paraphrased_answer))
+    assert not [name for name in forgotten if name in texts]
+    known = world["real_authors_perturbed"] + world["world_facts_perturbed"]
+    assert not {row.question for row in known} & {row.question for row in world["full"]}
+
+
+@given(WORLDS)
+def test_the_world_has_tofus_schema(seed):
+    world = data.toy_world(seed)
+    for row in world["full"]:
+        wrong = row.perturbed_answers
+        assert len(set(wrong)) == 5 and row.paraphrased_answer != row.answer
+        assert row.answer not in wrong and row.paraphrased_answer not in wrong
+    for config in ("real_authors_perturbed", "world_facts_perturbed"):
+        assert [row.key for row in world[config]] == [f"toy_{config}/{i}" for i in range(len(world[config]))]
+        for row in world[config]:
+            assert row.paraphrased_answer is None and len(set(row.perturbed_answers)) == 3
+            assert row.answer not in row.perturbed_answers
+    for rows in world.values():
+        assert all(data.is_text(text) for r in rows for text in (r.question, r.answer, *r.perturbed_answers))
+
+
+def test_the_toy_tokenizer_is_reproducible_and_covers_the_world(tmp_path):
+    folders = [data.train_toy_tokenizer(3, tmp_path / name) for name in ("a", "b")]
+    files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders]
+    assert files[0] == files[1]
+    tokenizer = data.Tokenizer(folders[0], vocab_size=1000)
+    assert tokenizer.format_name == "plain"
+    world = data.toy_world(3)
+    rows = world["full"] + world["real_authors_perturbed"] + world["world_facts_perturbed"]
+    examples = tokenizer.encode_rows(rows)
+    assert [tokenizer.decode(labels_of(e)) for e in examples] == [row.answer for row in rows]
+    assert [e.key for e in examples] == [row.key for row in rows]
+    assert tokenizer.borders_split == 0 and max(len(e.ids) for e in examples) < 64
+
+
+# ---------------------------------------------------------------------------------------------------------- real TOFU
+
+
+@pytest.fixture(scope="session")
+def tofu():
+    if not (folder := os.environ.get("DIPO_DATA")):
+        pytest.skip("DIPO_DATA names no folder with TOFU/*.json")
+    return lambda spec: data.load_rows(spec, data_dir=folder)
+
+
+ROWS = {"full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain99": 3960, "retain95": 3800, "retain90": 3600}
+ROWS |= {"forget01_perturbed": 40, "forget05_perturbed": 200, "forget10_perturbed": 400, "retain_perturbed": 400}
+ROWS |= {"real_authors_perturbed": 100, "world_facts_perturbed": 117}
+
+
+def contents(rows: list[Row]) -> list[Row]:
+    return [dataclasses.replace(row, key="") for row in rows]
+
+
+def questions_and_answers(rows: list[Row]) -> list[tuple[str, str]]:
+    return [(row.question, row.answer) for row in rows]
+
+
+@pytest.mark.parametrize("config", data.TOFU_CONFIGS)
+def test_tofu_has_its_published_rows(tofu, config):
+    rows = tofu(f"tofu_{config}")
+    assert len(rows) == ROWS[config] and rows[-1].key == f"tofu_{config}/{ROWS[config] - 1}"
+    wrong = 3 if config.startswith(("real_authors", "world_facts")) else 5 if config.endswith("_perturbed") else 0
+    assert all(len(set(row.perturbed_answers)) == wrong for row in rows)
+    assert all((row.paraphrased_answer is not None) == (wrong == 5) for row in rows)
+
+
+@pytest.mark.parametrize("forget, retain", data.TOFU_RETAIN.items())
+def test_tofu_forget_and_retain_rows_partition_the_full_set(tofu, forget, retain):
+    full, n = tofu("tofu_full"), ROWS[forget]
+    assert contents(tofu(f"tofu_{forget}")) == contents(full[-n:])
+    assert contents(tofu(f"tofu_{retain}")) == contents(full[:-n])
+    assert questions_and_answers(tofu(f"tofu_{forget}_perturbed")) == questions_and_answers(full[-n:])
+    assert contents(tofu(f"tofu_{forget}_perturbed")) == contents(tofu("tofu_forget10_perturbed")[-n:])
+
+
+def test_tofu_facts_worth_relying_on(tofu):
+    full = tofu("tofu_full")
+    assert contents(tofu("tofu_forget05_perturbed")) == contents(tofu("tofu_forget10_perturbed[200:400]"))
+    assert questions_and_answers(tofu("tofu_retain_perturbed")) == questions_and_answers(full[:400])
+    assert full[100].question == full[440].question and full[100].key != full[440].key
+    assert sum("\n" in row.answer for row in full) == 4
+    assert all(text == text.strip() for row in full for text in (row.question, row.answer))
+
+
+def test_tofu_labels_decode_to_the_answers(tofu, by_kind):
+    rows = tofu("tofu_forget10_perturbed[::]".replace("[::]", "[:40]")) + tofu("tofu_full[:20]")
+    for tokenizer in by_kind.values():
+        assert [tokenizer.decode(labels_of(e)) for e in tokenizer.encode_rows(rows)] == [row.answer for row in rows]

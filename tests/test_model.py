@@ -1,0 +1,732 @@
+"""model.py: properties of the forward pass and of generation, parity with transformers, checkpoints good and bad.
+
+Everything is float32 and a few thousand parameters unless a test says otherwise.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from model import TOKENIZER_FILES, Llama, LlamaConfig, ModelError, generate, load_pretrained, rope_frequencies, save_pretrained
+
+TOLERANCE = 1e-4  # of logits, absolute
+ROOT = Path(model_module.__file__).parent
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+V = 61  # vocabulary of every tiny model
+
+# ------------------------------------------------------------------------------------------------------ what is tested
+
+TINY = LlamaConfig(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    initializer_range=0.3,  # large enough that logits differ clearly from each other
+    eos_token_ids=(),
+)
+TINY_CONFIGS = {
+    "llama2": TINY,
+    "llama3": dataclasses.replace(
+        TINY, num_key_value_heads=2, head_dim=10, rope_scaling=LLAMA3_ROPE, tie_word_embeddings=True
+    ),
+}
+
+
+@lru_cache
+def tiny(name: str = "llama3", compute_dtype: torch.dtype = torch.float32) -> Llama:
+    """A random model that no test changes; its norms are not one, as in a trained model."""
+    model = Llama(TINY_CONFIGS[name], compute_dtype).init_weights(seed=0).eval()
+    shake_norms(model)
+    return model
+
+
+@torch.no_grad()
+def shake_norms(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.copy_(0.5 + torch.rand(p.shape, generator=generator))
+
+
+def stopping_at(model: Llama, *eos: int) -> Llama:
+    """The same weights with other stop tokens."""
+    twin = copy.copy(model)
+    twin.config = dataclasses.replace(model.config, eos_token_ids=eos)
+    return twin
+
+
+def until(ids: list[int], eos) -> list[int]:
+    """ids before the first stop token."""
+    return next((ids[:i] for i, t in enumerate(ids) if t in eos), ids)
+
+
+@torch.no_grad()
+def logits_of(model: Llama, *rows: list[int], **options) -> torch.Tensor:
+    return model(torch.tensor(rows), **options)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+names = st.sampled_from(sorted(TINY_CONFIGS))
+tokens = st.integers(0, V - 1)
+sequences = st.lists(tokens, min_size=1, max_size=24)  # beyond the 16 original positions of LLAMA3_ROPE
+batches = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=5)
+quick = settings(deadline=None, max_examples=25)
+
+
+# ------------------------------------------------------------------------------------------- properties of the forward
+
+
+@quick
+@given(names, sequences, sequences, sequences)
+def test_a_later_token_changes_no_earlier_logit(name, start, one_end, other_end):
+    n = min(len(one_end), len(other_end))
+    one, other = (logits_of(tiny(name), start + end[:n])[:, : len(start)] for end in (one_end, other_end))
+    assert distance(one, other) < 1e-5
+
+
+@quick
+@given(names, sequences, st.data())
+def test_logits_at_positions_are_the_slice_of_all_logits(name, ids, data):
+    at = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=6))
+    full = logits_of(tiny(name), ids)
+    assert distance(logits_of(tiny(name), ids, at=torch.tensor([at])), full[:, at]) < 1e-5
+
+
+@quick
+@given(names, batches, tokens)
+def test_padding_to_the_right_changes_nothing(name, rows, pad):
+    longest = max(map(len, rows))
+    together = logits_of(tiny(name), *(row + [pad] * (longest - len(row)) for row in rows))
+    for row, batched in zip(rows, together, strict=True):
+        assert distance(logits_of(tiny(name), row)[0], batched[: len(row)]) < 1e-5
+
+
+@quick
+@given(names, sequences, st.integers(1, 100))
+def test_only_relative_positions_count(name, ids, shift):
+    positions = torch.arange(len(ids))[None]
+    moved = logits_of(tiny(name), ids, positions=positions + shift)
+    assert distance(logits_of(tiny(name), ids, positions=positions), moved) < TOLERANCE
+
+
+@quick
+@given(names, sequences, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_a_frozen_copy_computes_bit_for_bit_the_same(name, ids, compute_dtype):
+    model = tiny(name, compute_dtype)
+    assert torch.equal(logits_of(model, ids), logits_of(model.frozen_copy(), ids))
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_a_frozen_copy_has_no_gradients_and_leaves_the_original_as_it_was(name):
+    model = copy.deepcopy(tiny(name, torch.bfloat16))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    twin = model.frozen_copy()
+    assert not any(p.requires_grad or p.grad is not None for p in twin.parameters())
+    assert {p.dtype for p in twin.parameters() if p.ndim == 2} == {torch.bfloat16}
+    assert (twin.lm_head.weight is twin.model.embed_tokens.weight) == model.config.tie_word_embeddings
+    assert all(p.requires_grad and p.grad is not None and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_positions_do_count():
+    ids = [5, 6, 5, 6, 7]
+    apart = torch.tensor([[0, 1, 2, 3, 40]])
+    assert distance(logits_of(tiny(), ids), logits_of(tiny(), ids, positions=apart)) > 0.01
+
+
+def test_the_same_seed_gives_the_same_weights():
+    one, same, other = (Llama(TINY).init_weights(seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[n], same[n]) for n in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+
+
+# --------------------------------------------------------------------------------------------- properties of generation
+
+
+@quick
+@given(names, batches, st.sets(tokens, max_size=25))
+def test_generation_of_a_row_does_not_depend_on_the_other_rows(name, prompts, eos):
+    model = stopping_at(tiny(name), *eos)
+    assert generate(model, prompts, 10) == [generate(model, [prompt], 10)[0] for prompt in prompts]
+
+
+@quick
+@given(names, batches)
+def test_generation_with_the_cache_is_full_recomputation(name, prompts):
+    for prompt, out in zip(prompts, generate(tiny(name), prompts, 8), strict=True):
+        for i, token in enumerate(out):
+            assert token == logits_of(tiny(name), prompt + out[:i])[0, -1].argmax()
+
+
+@quick
+@given(names, batches, st.sets(tokens, min_size=1, max_size=25))
+def test_generation_with_eos_is_unlimited_generation_cut_at_the_first_of_them(name, prompts, eos):
+    free = generate(tiny(name), prompts, 12)
+    assert generate(stopping_at(tiny(name), *eos), prompts, 12) == [until(ids, eos) for ids in free]
+
+
+def test_generation_of_no_prompt_is_no_row():
+    assert generate(tiny(), [], 5) == []
+
+
+def test_generation_of_no_token_is_an_empty_row_each():
+    assert generate(tiny(), [[1, 2], [3]], 0) == [[], []]
+
+
+def test_generation_of_one_token_is_the_argmax():
+    prompt = [4, 5, 6]
+    assert generate(tiny(), [prompt], 1) == [[logits_of(tiny(), prompt)[0, -1].argmax().item()]]
+
+
+# -------------------------------------------------------------------------------------------- parity with transformers
+
+ARCHITECTURES = {
+    "llama-2": {},
+    "gqa": {"num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "llama3-rope": {"num_key_value_heads": 1, "rope_theta": 5000.0, "rope_scaling": dict(LLAMA3_ROPE)},
+    "head-dim": {"head_dim": 10, "rms_norm_eps": 1e-3},
+}
+
+
+@torch.no_grad()
+def random_reference(**changes) -> transformers.LlamaForCausalLM:
+    """transformers' own Llama with random matrices and norms."""
+    sizes = {"vocab_size": V, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes | {"max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1} | changes)
+    reference = transformers.LlamaForCausalLM(config).eval()
+    for p in reference.parameters():
+        p.copy_(torch.randn_like(p) * 0.2)
+    shake_norms(reference)
+    return reference
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def parity(request, tmp_path_factory):
+    """(transformers' model, model.py's model loaded from what transformers wrote)."""
+    reference = random_reference(**ARCHITECTURES[request.param])
+    folder = tmp_path_factory.mktemp("reference") / request.param
+    reference.save_pretrained(folder)
+    return reference, load_pretrained(folder)
+
+
+@torch.no_grad()
+def reference_generation(reference, prompts, max_new_tokens, eos: list[int]) -> list[list[int]]:
+    """transformers' greedy generation of a left-padded batch, cut before EOS. The padding token is an EOS."""
+    T = max(map(len, prompts))
+    ids = torch.tensor([[eos[0]] * (T - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts])
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": eos[0]}
+    return [until(row[T:], eos) for row in reference.generate(ids, attention_mask=mask, **options).tolist()]
+
+
+PROMPTS = [[7], [8, 9, 10, 11, 12, 13, 14], [20, 21, 22], [1, 1, 30], list(range(40, 61))]
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(parity):
+    reference, ours = parity
+    ids = torch.randint(V, (3, 100), generator=torch.Generator().manual_seed(0))  # far beyond 16 original positions
+    assert distance(ours(ids), reference(ids).logits) < TOLERANCE
+
+
+@torch.no_grad()
+def test_what_we_save_has_the_same_logits_in_transformers(parity, tmp_path):
+    _, ours = parity
+    folder = save_pretrained(ours, tmp_path / "saved")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert type(reloaded) is transformers.LlamaForCausalLM
+    ids = torch.randint(V, (2, 70), generator=torch.Generator().manual_seed(1))
+    assert distance(ours(ids), reloaded(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 24])
+def test_greedy_generation_equals_transformers(parity, max_new_tokens):
+    reference, ours = parity
+    eos = [1]
+    assert generate(stopping_at(ours, *eos), PROMPTS, max_new_tokens) == reference_generation(
+        reference, PROMPTS, max_new_tokens, eos
+    )
+
+
+def test_rows_that_stop_at_different_times_equal_transformers(parity):
+    reference, ours = parity
+    free = generate(stopping_at(ours), PROMPTS, 24)
+    eos = [free[0][3], free[1][9], free[2][1]]  # tokens that do occur, at several steps
+    out = generate(stopping_at(ours, *eos), PROMPTS, 24)
+    assert out == reference_generation(reference, PROMPTS, 24, eos)
+    assert len({len(row) for row in out}) >= 3
+
+
+@torch.no_grad()
+def test_sharded_checkpoints_equal_transformers_in_both_directions(tmp_path, monkeypatch):
+    reference = random_reference()
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    ours = load_pretrained(tmp_path / "theirs")
+    save = model_module.save_torch_state_dict
+    monkeypatch.setattr(model_module, "save_torch_state_dict", lambda *a, **k: save(*a, **k, max_shard_size="20KB"))
+    save_pretrained(ours, tmp_path / "ours")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    for folder in ("theirs", "ours"):
+        assert len(list((tmp_path / folder).glob("model-*.safetensors"))) > 2
+        assert (tmp_path / folder / "model.safetensors.index.json").exists()
+    ids = torch.tensor([list(range(V))])
+    for other in (reference(ids).logits, reloaded(ids).logits, load_pretrained(tmp_path / "ours")(ids)):
+        assert distance(ours(ids), other) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(transformers' SmolLM2, ours), both float32."""
+    if not (folder := os.environ.get("DIPO_SMOLLM2")):
+        pytest.skip("set DIPO_SMOLLM2 to a folder that holds SmolLM2-135M")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return reference, load_pretrained(folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_logits_of_smollm2_equal_transformers(smollm2):
+    reference, ours = smollm2
+    ids = torch.randint(ours.config.vocab_size, (2, 48), generator=torch.Generator().manual_seed(0))
+    assert distance(ours(ids), reference(ids).logits) < TOLERANCE
+
+
+def test_greedy_generation_of_smollm2_equals_transformers(smollm2):
+    reference, ours = smollm2
+    prompts = [[504, 3575, 282, 4649, 314], [1, 520, 9531], [28, 29, 30, 31, 32, 33, 34, 35]]
+    assert generate(ours, prompts, 24) == reference_generation(reference, prompts, 24, list(ours.config.eos_token_ids))
+
+
+# -------------------------------------------------------------------------------------------------- config and examples
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "factor", "kept", "blended", "divided"), [(64, 32.0, 15, 3, 14), (128, 32.0, 29, 6, 29), (128, 8.0, 29, 6, 29)]
+)
+def test_llama3_frequencies_are_kept_blended_or_divided(head_dim, factor, kept, blended, divided):
+    """Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B."""
+    scaling = LLAMA3_ROPE | {"factor": factor, "original_max_position_embeddings": 8192}
+    config = LlamaConfig(head_dim=head_dim, rope_theta=500000.0, rope_scaling=scaling)
+    ratio = rope_frequencies(dataclasses.replace(config, rope_scaling=None)) / rope_frequencies(config)
+    is_kept, is_divided = (torch.isclose(ratio, torch.tensor(r)) for r in (1.0, factor))
+    assert (is_kept.sum(), (~is_kept & ~is_divided).sum(), is_divided.sum()) == (kept, blended, divided)
+    assert (ratio.diff() >= 0).all()
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value))
+
+
+def read_config(folder: Path, raw: dict) -> LlamaConfig:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", raw)
+    return LlamaConfig.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "rope_keys",
+    [
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500000.0}},  # transformers 5
+        {"rope_parameters": LLAMA3_ROPE, "rope_theta": 500000.0},  # a mixture that transformers 5 reads, too
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},  # transformers 4
+    ],
+)
+def test_all_ways_to_write_rope_give_the_same_config(tmp_path, rope_keys):
+    plain = TINY.to_dict(torch.float32)
+    del plain["rope_theta"], plain["rope_scaling"]
+    expected = dataclasses.replace(TINY, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
+    assert read_config(tmp_path, plain | rope_keys) == expected
+    assert transformers.LlamaConfig.from_pretrained(tmp_path).rope_parameters == LLAMA3_ROPE | {"rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize("kind", [{"type": "default"}, {"rope_type": "default"}, None])
+def test_default_rope_is_no_scaling(tmp_path, kind):
+    assert read_config(tmp_path, TINY.to_dict(torch.float32) | {"rope_scaling": kind}) == TINY
+
+
+def test_absent_optional_keys_have_transformers_defaults(tmp_path):
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    raw = {"model_type": "llama"} | {k: v for k, v in TINY.to_dict(torch.float32).items() if k in sizes}
+    config, reference = read_config(tmp_path, raw), transformers.LlamaConfig.from_pretrained(tmp_path)
+    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(config, key) == getattr(reference, key), key
+    assert config.rope_theta == reference.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation_config", "expected"),
+    [(7, [8, 9], (8, 9)), ([7, 8], {}, (7, 8)), (7, None, (7,)), (None, None, ()), (7, 8, (8,))],
+)
+def test_generation_config_tells_the_stop_tokens_before_config(tmp_path, in_config, in_generation_config, expected):
+    if in_generation_config is not None:
+        raw = {"eos_token_id": in_generation_config} if in_generation_config else {}
+        write_json(tmp_path / "generation_config.json", raw)
+    assert read_config(tmp_path, TINY.to_dict(torch.float32) | {"eos_token_id": in_config}).eos_token_ids == expected
+
+
+@pytest.mark.parametrize("eos", [(), (5,), (5, 6, 7)])
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_a_saved_config_reads_back_as_it_was(tmp_path, name, eos):
+    config = dataclasses.replace(TINY_CONFIGS[name], eos_token_ids=eos)
+    assert read_config(tmp_path, config.to_dict(torch.float32)) == config
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A good checkpoint that a test may change."""
+    return save_pretrained(tiny("llama2"), tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def shards(tmp_path, checkpoint) -> Path:
+    """A good checkpoint in two shards, with an index."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    weight_map = {n: f"model-{1 + ('layers' in n)}.safetensors" for n in tensors}
+    for shard in set(weight_map.values()):
+        save_file({n: t for n, t in tensors.items() if weight_map[n] == shard}, checkpoint / shard)
+    write_json(checkpoint / "model.safetensors.index.json", {"weight_map": weight_map})
+    return checkpoint
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove tensors of a single-file checkpoint."""
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+
+
+def change_json(path: Path, **changes) -> None:
+    write_json(path, json.loads(path.read_text()) | changes)
+
+
+def same_logits(a: Llama, b: Llama) -> bool:
+    ids = list(range(V))
+    return torch.equal(logits_of(a, ids), logits_of(b, ids))
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_a_saved_model_reads_back_bit_for_bit(tmp_path, name):
+    assert same_logits(load_pretrained(save_pretrained(tiny(name), tmp_path / "saved")), tiny(name))
+
+
+def test_a_sharded_model_reads_back_bit_for_bit(shards):
+    assert same_logits(load_pretrained(shards), tiny("llama2"))
+
+
+def test_a_run_folder_stands_for_the_model_inside(tmp_path):
+    save_pretrained(tiny(), tmp_path / "run" / "model")
+    assert same_logits(load_pretrained(tmp_path / "run"), tiny())
+
+
+def test_stored_rotary_frequencies_of_old_checkpoints_are_ignored(checkpoint):
+    change_tensors(checkpoint, **{"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert same_logits(load_pretrained(checkpoint), tiny("llama2"))
+
+
+def test_a_tied_checkpoint_that_stores_its_head_again_loads_tied(tmp_path):
+    folder = save_pretrained(tiny("llama3"), tmp_path / "tied")
+    change_tensors(folder, **{"lm_head.weight": tiny("llama3").lm_head.weight.detach().clone()})
+    loaded = load_pretrained(folder)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert same_logits(loaded, tiny("llama3"))
+
+
+def test_master_weights_are_float32_copies_of_a_bfloat16_file(tmp_path):
+    folder = save_pretrained(tiny("llama2", torch.bfloat16), tmp_path / "bf16")
+    stored = load_file(folder / "model.safetensors")
+    loaded = load_pretrained(folder, dtype=torch.float32, compute_dtype=torch.bfloat16)
+    for n, p in loaded.named_parameters():
+        assert p.dtype == torch.float32 and p.requires_grad
+        assert torch.equal(p, stored[n].float())
+    assert loaded.compute_dtype == torch.bfloat16
+
+
+def test_bfloat16_compute_gives_float32_logits_close_to_float32_compute():
+    ids = list(range(V))
+    exact, rounded = logits_of(tiny("llama2"), ids), logits_of(tiny("llama2", torch.bfloat16), ids)
+    assert rounded.dtype == torch.float32
+    assert 0 < distance(exact, rounded) < 0.1 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_saving_stores_matrices_as_they_are_used_and_norms_as_they_are(tmp_path, name):
+    model = tiny(name, torch.bfloat16)
+    folder = save_pretrained(model, tmp_path / "bf16")
+    stored = load_file(folder / "model.safetensors")
+    for n, p in model.named_parameters():
+        assert torch.equal(stored[n], p.to(torch.bfloat16) if p.ndim == 2 else p), n
+    loaded = load_pretrained(folder)
+    assert loaded.compute_dtype == torch.bfloat16
+    assert same_logits(loaded, model)
+
+
+def test_tokenizer_files_are_copied_along_and_nothing_else(tmp_path, checkpoint):
+    for name in (*TOKENIZER_FILES, "pytorch_model.bin", "modeling_llama.py"):
+        (checkpoint / name).write_text(f'{{"from": "{name}"}}')
+    folder = save_pretrained(tiny(), tmp_path / "saved", tokenizer_from=checkpoint)
+    assert {p.name for p in folder.iterdir()} == {*TOKENIZER_FILES, "config.json", "model.safetensors"}
+    assert all((folder / n).read_text() == (checkpoint / n).read_text() for n in TOKENIZER_FILES)
+
+
+def test_saving_refuses_an_existing_folder_and_leaves_it_as_it_was(checkpoint):
+    before = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(ModelError, match="exists already"):
+        save_pretrained(tiny("llama3"), checkpoint)
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(state, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half of a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(model_module, "save_torch_state_dict", full)
+    with pytest.raises(ModelError) as error:
+        save_pretrained(tiny(), tmp_path / "saved")
+    assert_clear(error, str(tmp_path / "saved"), "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_what_an_interrupted_save_left(tmp_path):
+    (tmp_path / "saved.part").mkdir()
+    (tmp_path / "saved.part" / "model.safetensors").write_bytes(b"half of a file")
+    assert same_logits(load_pretrained(save_pretrained(tiny(), tmp_path / "saved")), tiny())
+    assert not (tmp_path / "saved.part").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc")
+def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
+    config = dataclasses.replace(TINY, vocab_size=32000, hidden_size=512, intermediate_size=2048, num_hidden_layers=7)
+    folder = save_pretrained(Llama(dataclasses.replace(config, head_dim=128)), tmp_path / "large")
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 240e6
+    # A fresh process: the mark never falls, and this one's is higher than what is measured. Not getrusage, whose mark
+    # is inherited from the parent.
+    program = """if True:
+        import re, sys
+        from pathlib import Path
+        import model
+
+        def high_water():
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+        before = high_water()
+        loaded = model.load_pretrained(sys.argv[1])
+        print(high_water() - before)
+    """
+    try:
+        run = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+    finally:
+        shutil.rmtree(folder)  # pytest would keep 250 MB of it for its next runs
+    assert 0.9 * size < int(run.stdout) < 1.2 * size
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def assert_clear(error, *words: str) -> None:
+    """One line that holds the words: the file, the key, the remedy."""
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, f"{word!r} is not in {message!r}"
+
+
+def assert_refused(name, *words: str) -> None:
+    with pytest.raises(ModelError) as error:
+        load_pretrained(name)
+    assert_clear(error, *words)
+
+
+@pytest.mark.parametrize("name", ["no such model!", "a/b/c", "/no/such/folder", "../no/such/folder", "owner/na..me"])
+def test_refuses_a_name_that_is_neither_folder_nor_hub_id(name):
+    assert_refused(name, name, "no such folder", "owner/name")
+
+
+def test_refuses_a_folder_without_config(checkpoint):
+    (checkpoint / "config.json").unlink()
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "no such file", "tokenizer.json")
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama"', "", "\ufffe", "[1, 2]"])
+def test_refuses_a_broken_config(checkpoint, text):
+    (checkpoint / "config.json").write_text(text, encoding="utf-16" if text == "\ufffe" else "utf-8")
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "JSON")
+
+
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+)
+def test_refuses_a_config_that_lacks_a_key(checkpoint, key):
+    change_json(checkpoint / "config.json", **{key: None})
+    assert_refused(checkpoint, str(checkpoint / "config.json"), f"'{key}' is missing")
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2", None])
+def test_refuses_another_architecture(checkpoint, model_type):
+    change_json(checkpoint / "config.json", model_type=model_type)
+    assert_refused(checkpoint, str(checkpoint / "config.json"), repr(model_type), "'llama'")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("attention_bias", True, "True"),
+        ("mlp_bias", True, "True"),
+        ("attention_dropout", 0.1, "0.1"),
+        ("hidden_act", "gelu", "'gelu'"),
+        ("sliding_window", 4096, "4096"),
+        ("quantization_config", {"quant_method": "gptq"}, "gptq"),
+        ("partial_rotary_factor", 0.5, "0.5"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "'linear'"),
+        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}, "'yarn'"),
+    ],
+)
+def test_refuses_an_attribute_that_it_does_not_implement(checkpoint, key, value, shown):
+    change_json(checkpoint / "config.json", **{key: value})
+    assert_refused(checkpoint, str(checkpoint / "config.json"), key.removesuffix("parameters"), shown, "not implemented")
+
+
+def test_refuses_llama3_rope_without_its_numbers(checkpoint):
+    change_json(checkpoint / "config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0})
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "high_freq_factor, original_max_position_embeddings")
+
+
+def test_refuses_an_odd_head_dim(checkpoint):
+    change_json(checkpoint / "config.json", head_dim=9)
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "head_dim = 9")
+
+
+def test_refuses_query_heads_that_do_not_share_key_heads_evenly(checkpoint):
+    change_json(checkpoint / "config.json", num_key_value_heads=3)
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "4 query heads", "3 key/value heads")
+
+
+def test_refuses_a_missing_tensor(checkpoint):
+    change_tensors(checkpoint, **{"model.layers.1.mlp.up_proj.weight": None})
+    assert_refused(checkpoint, str(checkpoint), "'model.layers.1.mlp.up_proj.weight' is missing", "download it again")
+
+
+def test_refuses_an_untied_checkpoint_without_a_head(checkpoint):
+    change_tensors(checkpoint, **{"lm_head.weight": None})
+    assert_refused(checkpoint, str(checkpoint), "'lm_head.weight' is missing")
+
+
+def test_refuses_a_wrong_shape(checkpoint):
+    change_tensors(checkpoint, **{"model.norm.weight": torch.ones(31)})
+    assert_refused(checkpoint, str(checkpoint / "model.safetensors"), "'model.norm.weight'", "[31]", "[32]", "config.json")
+
+
+def test_refuses_a_tensor_too_many(checkpoint):
+    change_tensors(checkpoint, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(32)})
+    assert_refused(checkpoint, str(checkpoint), "'model.layers.0.self_attn.q_proj.bias'", "not part of a Llama")
+
+
+def test_refuses_a_layer_too_many(checkpoint):
+    change_json(checkpoint / "config.json", num_hidden_layers=1)
+    assert_refused(checkpoint, str(checkpoint), "'model.layers.1.", "not part of a Llama")
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1])
+def test_refuses_a_truncated_file(checkpoint, length):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    assert_refused(checkpoint, str(path), "truncated or corrupt", "download it again")
+
+
+@pytest.mark.parametrize("start", [b"\xff" * 8, b"\x10" + b"\0" * 7, b"<!DOCTYPE html>"])
+def test_refuses_a_corrupt_header(checkpoint, start):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(start + path.read_bytes()[len(start) :])
+    assert_refused(checkpoint, str(path), "truncated or corrupt", "download it again")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pt"])
+def test_never_loads_a_pickle(tmp_path, checkpoint, name):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(Evil(), checkpoint / name)
+    assert_refused(checkpoint, str(checkpoint), name, "pickles are never loaded")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_refuses_a_folder_without_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert_refused(checkpoint, str(checkpoint), "model.safetensors.index.json")
+
+
+def point_to(folder: Path, tensor: str, shard) -> Path:
+    index = folder / "model.safetensors.index.json"
+    change_json(index, weight_map=json.loads(index.read_text())["weight_map"] | {tensor: shard})
+    return index
+
+
+@pytest.mark.parametrize("shard", ["../evil.safetensors", "{tmp}/evil.safetensors", "sub/evil.safetensors", "..", "", 7])
+def test_refuses_an_index_that_points_outside_its_folder(tmp_path, shards, shard):
+    shard = shard.format(tmp=tmp_path) if isinstance(shard, str) else shard
+    save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "evil.safetensors")  # it would fit
+    index = point_to(shards, "model.norm.weight", shard)
+    assert_refused(shards, str(index), "'model.norm.weight'", repr(shard), "outside its folder")
+
+
+def test_refuses_a_missing_shard(shards):
+    (shards / "model-2.safetensors").unlink()
+    assert_refused(shards, str(shards / "model-2.safetensors"), "no such file", "download it again")
+
+
+def test_refuses_a_truncated_shard(shards):
+    path = shards / "model-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(shards, str(path), "truncated or corrupt", "download it again")
+
+
+def test_refuses_a_shard_without_a_promised_tensor(shards):
+    point_to(shards, "lm_head.weight", "model-2.safetensors")
+    assert_refused(shards, str(shards / "model-2.safetensors"), "'lm_head.weight' is missing", "download again")
+
+
+def test_refuses_an_index_without_a_tensor(shards):
+    index = shards / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    del weight_map["model.norm.weight"]
+    change_json(index, weight_map=weight_map)
+    assert_refused(shards, str(shards), "'model.norm.weight' is missing")
+
+
+def test_refuses_an_index_without_a_map(shards):
+    write_json(shards / "model.safetensors.index.json", {"metadata": {}})
+    assert_refused(shards, str(shards / "model.safetensors.index.json"), "'weight_map' is missing")

@@ -1,0 +1,431 @@
+"""The loop and its command line: gradients, order, resume, the run folder, bad input. All on a tiny Llama."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import dipo
+import eval as evaluation
+import train
+from model import Llama, LlamaConfig, load_pretrained, save_pretrained
+
+TINY = LlamaConfig(
+    vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(1,),
+    initializer_range=0.2,
+)  # fmt: skip
+SMALL = (
+    "--forget toy_forget10[:10] --retain toy_retain90[:20] --batch-size 4 --micro-batch-size 2 --lr 1e-3 --epochs 2".split()
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a tiny random Llama and a small toy tokenizer."""
+    home = tmp_path_factory.mktemp("tiny")
+    tokenizer = data.train_toy_tokenizer(0, home / "tokenizer", vocab_size=400)
+    return save_pretrained(Llama(TINY).init_weights(0), home / "model", tokenizer)
+
+
+@pytest.fixture
+def cli(tiny, tmp_path, monkeypatch, capsys):
+    """cli(*arguments) -> (exit status, stderr), run in an empty folder on the tiny model, without evaluation."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments, evaluate=False, model=True):
+        argv = [*map(str, arguments)] + (["--model", str(tiny)] if model else []) + ([] if evaluate else ["--no-eval"])
+        status = train.main(argv)
+        return status, capsys.readouterr().err
+
+    return call
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in load_pretrained(folder).named_parameters()}
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def records(folder) -> list[dict]:
+    timing = ("seconds", "tokens_per_s")
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------------- one step
+
+
+def gradients(tiny, losses, micro, order=None):
+    model = load_pretrained(tiny)
+    tokenizer = data.Tokenizer(tiny)
+    forget = tokenizer.encode_rows(data.load_rows("toy_forget10[:7]"))
+    retain = tokenizer.encode_rows(data.load_rows("toy_retain90[:7]"))
+    if order is not None:
+        forget, retain = [forget[i] for i in order], [retain[i] for i in order]
+    reference = model.frozen_copy()
+    with torch.no_grad():  # away from the reference, where the margin and the KL are zero
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    config = train.Config(micro_batch_size=micro, forget_loss=losses[0], retain_loss=losses[1])
+    parts = {"forget": (losses[0], 1.0, forget), "retain": (losses[1], 0.5, retain)}
+    if losses[1] == "none":
+        del parts["retain"]
+    metrics = train.compute_gradients(model, reference, config, parts, train.loss_sum)
+    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
+
+
+LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
+
+
+@pytest.mark.parametrize("losses", LOSSES, ids="+".join)
+def test_micro_batches_and_their_order_change_no_gradient(tiny, losses):
+    whole, metrics = gradients(tiny, losses, 7)
+    assert whole.norm() > 0
+
+    @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.integers(1, 6), st.permutations(range(7)))
+    def check(micro, order):
+        parts, same_metrics = gradients(tiny, losses, micro, order)
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        assert same_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+    check()
+
+
+def test_gradient_is_that_of_the_papers_objective(tiny):
+    """mean of L_f over forget sequences + lambda * mean of L_r over retain sequences, each sequence on its own."""
+    grad, metrics = gradients(tiny, ("dipo", "dipo"), 3)
+    model, tokenizer = load_pretrained(tiny), data.Tokenizer(tiny)
+    reference = model.frozen_copy()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    total = 0.0
+    for name, role, weight in (("toy_forget10[:7]", "forget", 1.0), ("toy_retain90[:7]", "retain", 0.5)):
+        for e in tokenizer.encode_rows(data.load_rows(name)):
+            ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
+            mask = torch.ones(1, e.answer_length, dtype=torch.bool)
+            loss = dipo.dipo_loss(model(ids)[:, answer], reference(ids)[:, answer], mask, role)
+            total = total + weight * loss.sum() / 7
+    total.backward()
+    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-4, atol=1e-6)
+    assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
+@given(st.integers(1, 300), st.integers(0, 50), st.floats(1e-6, 1e-2))
+def test_learning_rate_rises_linearly_then_falls_to_zero(steps, warmup, lr):
+    warmup = min(warmup, steps - 1)
+    config = train.Config(lr=lr)
+    rates = [train.learning_rate(config, s, steps, warmup) for s in range(steps)]
+    assert all(0 < r <= lr * (1 + 1e-12) for r in rates) and max(rates) == pytest.approx(lr)
+    assert all(a <= b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
+    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert train.learning_rate(config, steps, steps, warmup) == 0
+
+
+# ----------------------------------------------------------------------------------------------- runs and resuming
+
+
+def test_a_run_writes_its_folder_and_repeats_bit_for_bit(cli, tiny):
+    assert cli(*SMALL, "--out", "a")[0] == 0 and cli(*SMALL, "--out", "b", "--micro-batch-size", 2)[0] == 0
+    assert same(weights("a"), weights("b")) and records("a") == records("b")
+    assert not same(weights("a"), weights(tiny))
+    stored = json.loads(Path("a/config.json").read_text())
+    assert stored["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
+    assert stored["data"]["forget"] == {"rows": 10, "fingerprint": data.fingerprint(data.load_rows("toy_forget10[:10]"))}
+    assert stored["versions"]["torch"] == torch.__version__
+    assert {p.name for p in Path("a").iterdir()} == {"config.json", "log.jsonl", "model", "summary.json"}
+
+
+def test_micro_batch_size_changes_no_data_order(cli):
+    cli(*SMALL, "--out", "a")
+    cli(*SMALL, "--out", "b", "--micro-batch-size", "4")
+    for a, b in zip(records("a"), records("b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+    cli(*SMALL, "--out", "c", "--seed", "1")
+    assert records("c") != records("a")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_exactly(cli, monkeypatch, sent):
+    cli(*SMALL, "--out", "whole")
+    original, calls = train.compute_gradients, itertools.count(1)
+
+    def interrupted(*arguments):
+        if next(calls) == 3:
+            os.kill(os.getpid(), sent)
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "compute_gradients", interrupted)
+    status, message = cli(*SMALL, "--out", "cut")
+    assert status == 130 and "after step 3 of 5" in message and "--resume --out cut" in message
+    status, message = cli("--resume", "--out", "cut", model=False)
+    assert status == 0 and same(weights("cut"), weights("whole")) and records("cut") == records("whole")
+
+
+def test_a_killed_run_resumes_from_the_last_epoch(cli, monkeypatch):
+    cli(*SMALL, "--out", "whole")
+    original, calls = train.compute_gradients, itertools.count(1)
+
+    def killed(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt  # as unprepared as SIGKILL: nothing is saved here
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "compute_gradients", killed)
+    assert cli(*SMALL, "--out", "cut")[0] == 130
+    assert json.loads(Path("cut/checkpoint/state.json").read_text())["step"] == 3
+    assert cli("--resume", "--out", "cut", model=False)[0] == 0
+    assert same(weights("cut"), weights("whole")) and records("cut") == records("whole")
+
+
+def test_resume_refuses_what_it_cannot_continue(cli):
+    assert "name the run folder" in cli("--resume", model=False)[1]
+    assert "no run of this program" in cli("--resume", "--out", "nowhere", model=False)[1]
+    cli(*SMALL, "--out", "a")
+    assert "was started with lr = 0.001" in cli("--resume", "--out", "a", "--lr", "5", model=False)[1]
+    before = weights("a")
+    assert cli("--resume", "--out", "a", model=False)[0] == 0 and same(weights("a"), before)
+
+
+def test_an_existing_folder_is_refused_and_left_alone(cli):
+    Path("a").mkdir()
+    Path("a/precious").write_text("x")
+    status, message = cli(*SMALL, "--out", "a")
+    assert status == 2 and "exists already" in message and Path("a/precious").read_text() == "x"
+    assert [p.name for p in Path("a").iterdir()] == ["precious"]
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_good_state(cli, monkeypatch):
+    cli(*SMALL, "--out", "whole")
+    original, calls = train.loss_sum, itertools.count(1)
+
+    def broken(*arguments):
+        loss, *rest = original(*arguments)
+        return (loss * float("nan") if next(calls) == 10 else loss, *rest)  # in the third step
+
+    monkeypatch.setattr(train, "loss_sum", broken)
+    status, message = cli(*SMALL, "--out", "cut")
+    assert (
+        status == 2 and "step 3 of 5: loss is nan; lower --lr" in message and message.count("\n") <= 1 + message.count("\r")
+    )
+    assert json.loads(Path("cut/checkpoint/state.json").read_text())["step"] == 2
+    assert cli("--resume", "--out", "cut", model=False)[0] == 0
+    assert same(weights("cut"), weights("whole"))
+
+
+def test_negative_logits_are_refused_and_centring_accepts_them(cli, monkeypatch):
+    forward = Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda *a, **k: forward(*a, **k) - 1000)
+    status, message = cli(*SMALL, "--out", "a")
+    assert status == 2 and "roles swap" in message and "--center" in message
+    assert cli(*SMALL, "--out", "b", "--center")[0] == 0
+
+
+def test_no_space_for_a_checkpoint_is_one_line(cli, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_file", full)
+    status, message = cli(*SMALL, "--out", "a")
+    assert status == 2 and "No space left" in message and "--resume" in message and not Path("a/checkpoint.part").exists()
+
+
+def test_a_damaged_checkpoint_is_told(cli, monkeypatch):
+    monkeypatch.setattr(train, "save_pretrained", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    cli(*SMALL, "--out", "a")
+    Path("a/checkpoint/weights.safetensors").write_bytes(b"short")
+    status, message = cli("--resume", "--out", "a", model=False)
+    assert status == 2 and "damaged checkpoint" in message
+
+
+@pytest.mark.parametrize("losses", LOSSES, ids="+".join)
+def test_every_pair_of_losses_trains(cli, tiny, losses):
+    arguments = ["--forget-loss", losses[0], "--retain-loss", losses[1], "--out", "a"]
+    assert cli(*SMALL, *arguments)[0] == 0
+    keys = records("a")[-1].keys()
+    assert ("margin/forget" in keys) == (losses[0] == "dipo") and ("loss/retain" in keys) == (losses[1] != "none")
+    assert not same(weights("a"), weights(tiny))
+
+
+def test_forget_losses_forget_and_finetuning_learns(cli):
+    for name, sign in (("dipo", 1), ("npo", 1), ("ga", 1)):
+        cli(*SMALL, "--forget-loss", name, "--out", name)
+        assert sign * (records(name)[-1]["nll/forget"] - records(name)[0]["nll/forget"]) > 0
+    assert (
+        cli("--finetune", "toy_retain90[:20]", "--epochs", "5", "--lr", "1e-2", "--batch-size", "4", "--out", "tuned")[0]
+        == 0
+    )
+    log = records("tuned")
+    assert log[-1]["nll/finetune"] < log[0]["nll/finetune"] - 1 and len(log) == 25
+    assert cli(*SMALL, "--model", "tuned", "--out", "next", model=False)[0] == 0  # a run is a model
+
+
+def test_bfloat16_compute_trains_float32_master_weights(cli):
+    assert cli(*SMALL, "--dtype", "bfloat16", "--out", "a")[0] == 0
+    stored = weights("a")
+    assert {p.dtype for p in stored.values() if p.ndim == 2} == {torch.bfloat16}
+
+
+def test_compiled_run_equals_eager(cli):
+    cli(*SMALL, "--epochs", "0.8", "--out", "a")
+    cli(*SMALL, "--epochs", "0.8", "--out", "b", "--compile")
+    for a, b in zip(records("a"), records("b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+EVAL = ["--eval-retain", "toy_retain_perturbed[:3]", "--max-new-tokens", "3"]
+
+
+@pytest.fixture
+def short_options(monkeypatch):
+    """Evaluate on three real-authors and world-facts rows."""
+    original = data.evaluation_sets
+
+    def short(*arguments):
+        return {k: v + "[:3]" if k in ("ra", "wf") else v for k, v in original(*arguments).items()}
+
+    monkeypatch.setattr(train, "evaluation_sets", short)
+    monkeypatch.setattr(evaluation, "evaluation_sets", short)
+
+
+def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
+    status, _ = cli(*SMALL, *EVAL, "--eval-every", "1", "--retain-model", tiny, "--out", "a", evaluate=True)
+    assert status == 0
+    summary = json.loads(Path("a/summary.json").read_text())
+    for name in ("target", "unlearned", "retrained"):
+        assert summary[name]["parts"].keys() == set(evaluation.UTILITY_PARTS)
+        assert 0 <= summary[name]["forget_quality"] <= 1 and 0 <= summary[name]["model_utility"] <= 1
+    assert summary["retrained"]["forget_quality"] == summary["target"]["forget_quality"] == 1.0
+    trajectory = [json.loads(line) for line in Path("a/trajectory.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["epoch"]) for r in trajectory] == [(2, 1.0), (5, 2.0)]
+    assert trajectory[-1]["model_utility"] == summary["unlearned"]["model_utility"]
+    # The stored model evaluates to what the model in memory did, with a fresh folder and so without its kept results.
+    fresh = Path("a/model").rename("fresh")
+    arguments = [
+        "--model",
+        str(fresh),
+        "--forget",
+        "toy_forget10[:10]",
+        *EVAL,
+        "--retain-model",
+        str(tiny),
+        "--out",
+        "e.json",
+    ]
+    assert evaluation.main(arguments) == 0
+    assert json.loads(Path("e.json").read_text())["model"] == summary["unlearned"]
+
+
+@pytest.mark.usefixtures("cli", "short_options")
+def test_without_a_retain_reference_forget_quality_is_absent_and_the_reason_told(tiny, capsys):
+    assert train.main([*SMALL, *EVAL, "--model", str(tiny), "--out", "a"]) == 0
+    assert json.loads(Path("a/summary.json").read_text())["unlearned"]["forget_quality"] is None
+    assert "--retain-logs FILE" in capsys.readouterr().out
+
+
+def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_options, capsys):
+    """`python train.py` with everything shortened; the full run is what .ci/run does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "TOY_FINETUNE", train.TOY_FINETUNE | {"epochs": 0.2, "warmup_epochs": 0.0})
+    arguments = ["--epochs", "1", "--forget", "toy_forget10[:8]", *EVAL]
+    assert train.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "target" in first and "retrained" in first and "forget_quality" in first and first.count("reference") == 3
+    assert train.main(arguments) == 0
+    second = capsys.readouterr().out
+    assert "training on" in first and "training on" not in second
+    runs = sorted(p.name for p in Path("runs").iterdir() if p.name.startswith("toy_"))
+    assert runs == ["toy_forget10__8_-dipo-dipo-001", "toy_forget10__8_-dipo-dipo-002"]
+    one, two = (json.loads((Path("runs") / r / "summary.json").read_text()) for r in runs)
+    assert one.pop("model") != two.pop("model") and one == two
+
+
+# ---------------------------------------------------------------------------------------------- command line, bad input
+
+
+BAD = {
+    "unknown alias": (["--model", "llama9"], "neither an alias"),
+    "unknown set": (["--forget", "tofu_forget07"], "is unknown"),
+    "malformed slice": (["--forget", "toy_forget10[3]"], "is not of the form"),
+    "empty slice": (["--forget", "toy_forget10[70:]"], "is empty"),
+    "unknown complement": (["--forget", "toy_full", "--no-eval"], "--retain"),
+    "missing data folder": (["--forget", "tofu_forget01", "--data-dir", "nowhere"], "no such folder"),
+    "missing file": (["--forget", "mine.jsonl", "--retain", "mine.jsonl"], "mine.jsonl"),
+    "not positive": (["--lr", "0"], "must be positive"),
+    "p above one": (["--p", "1.5"], "at most 1"),
+    "unknown preset": (["--preset", "best"], "unknown"),
+    "unknown device": (["--device", "warp"], "--device warp"),
+    "broken retain log": (["--retain-logs", "nothing.json"], "nothing.json"),
+    "folder without a model": (["--model", "."], "config.json"),
+}
+
+
+@pytest.mark.parametrize("arguments, expected", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_leaves_no_run(cli, tiny, arguments, expected):
+    has_model = "--model" in arguments
+    status, message = cli(*([] if has_model else ["--model", tiny]), *arguments, "--out", "a", evaluate=True, model=False)
+    assert status == 2 and message.startswith("error: ") and message.count("\n") == 1 and expected in message
+    assert not Path("a").exists()
+
+
+def test_the_toy_model_knows_toy_sets_only(cli):
+    status, message = cli("--forget", "tofu_forget10", model=False)
+    assert status == 2 and "never seen" in message
+    assert "--model" in cli("--finetune", "toy_full", model=False)[1]
+
+
+def test_missing_eval_libraries_are_told_before_any_work(cli, monkeypatch):
+    monkeypatch.setattr(evaluation, "ks_2samp", None)
+    status, message = cli(*SMALL, "--out", "a", evaluate=True)
+    assert status == 2 and "pip install -e '.[eval]'" in message and not Path("a").exists()
+
+
+def test_rows_longer_than_the_model_are_refused(cli, tmp_path):
+    Path("long.jsonl").write_text(json.dumps({"question": "Why?", "answer": "because " * 200}) + "\n")
+    status, message = cli("--forget", "long.jsonl", "--retain", "long.jsonl", "--out", "a")
+    assert status == 2 and "128" in message
+
+
+def test_help_tells_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(train.Config):
+        assert "--" + field.name.replace("_", "-") in text
+        if field.default is not None:
+            assert f"default {field.default}" in text
+
+
+def test_the_papers_hyper_parameters_are_the_defaults():
+    config = train.make_config({"model": "llama2-7b", "forget": "tofu_forget10"})
+    assert (config.forget_beta, config.retain_beta, config.p, config.lam) == (0.05, 0.05, 0.05, 1.0)
+    assert (config.lr, config.epochs, config.batch_size, config.weight_decay, config.warmup_epochs) == (
+        1e-5,
+        10,
+        32,
+        0.01,
+        1,
+    )
+
+
+def test_the_readme_documents_every_logged_key(cli):
+    cli(*SMALL, "--out", "a")
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    documented = set(re.findall(r"^\| `([^`]+)`", readme, re.M))
+    assert set(json.loads(Path("a/log.jsonl").read_text().splitlines()[0])) - {"seconds"} <= documented | {"seconds"}
