@@ -220,7 +220,9 @@ def evaluate(
     by_row: list[dict[str, list[float]]] = [{"answer": [], "correct": [], "wrong": []} for _ in work]
     for (i, kind, _), loss in zip(texts, losses, strict=True):
         if not math.isfinite(loss):
-            raise EvalError(f"{work[i][1].key}: the model's loss is {loss}; its weights or --dtype {model.compute_dtype} overflow")
+            raise EvalError(
+                f"{work[i][1].key}: the model's loss is {loss}; its weights or --dtype {model.compute_dtype} overflow"
+            )
         by_row[i][kind].append(loss)
     results: dict[str, dict[str, dict]] = {name: {} for name in sets}
     for (name, row), found, generation in zip(work, by_row, generations, strict=True):
@@ -314,12 +316,16 @@ def resolve_model(name: str, kind: str) -> tuple[str, str | None]:
     if name in CHECKPOINTS:
         return getattr(CHECKPOINTS[name], kind), CHECKPOINTS[name].prompt
     if not Path(name).exists() and "/" not in name:
-        raise ModelError(f"--model {name}: neither an alias ({', '.join(CHECKPOINTS)}) nor a folder nor a hub id (owner/name)")
+        raise ModelError(
+            f"--model {name}: neither an alias ({', '.join(CHECKPOINTS)}) nor a folder nor a hub id (owner/name)"
+        )
     return name, None
 
 
 def load_tokenizer(tokenizer: str | None, model_folder: Path, vocab_size: int, prompt: str) -> Tokenizer:
-    folder = resolve_folder(tokenizer, ("tokenizer*", "special_tokens_map.json")) if tokenizer else model_folder
+    folder = (
+        resolve_folder(tokenizer, ("tokenizer*.json", "special_tokens_map.json", "*.jinja")) if tokenizer else model_folder
+    )
     return Tokenizer(folder, vocab_size, prompt)
 
 
@@ -376,7 +382,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     a = argparse.ArgumentParser("eval.py", description="Evaluate a model on TOFU.", formatter_class=formatter)
     a.add_argument("--model", required=True, help="run folder of train.py, model folder, hub id or alias")
     a.add_argument("--forget", required=True, help="forget set, e.g. tofu_forget10 or tofu_forget05[:40]")
-    a.add_argument("--retain-logs", help="evaluation log of the retrained model (ours, open-unlearning's, the TOFU authors')")
+    a.add_argument(
+        "--retain-logs", help="evaluation log of the retrained model (ours, open-unlearning's, the TOFU authors')"
+    )
     a.add_argument("--retain-model", help="the retrained model itself; evaluated first")
     a.add_argument("--eval-retain", help="rows that stand for the retain set, e.g. tofu_retain_perturbed[:100]")
     a.add_argument("--tokenizer", help="folder or hub id, where the model has none")
@@ -412,9 +420,7 @@ def main(argv: list[str] | None = None) -> int:
 
         logs = {"retrained": run(args.retain_model, "retrained")} if args.retain_model else {}
         logs["model"] = run(args.model, "model")
-        reference, where = retain_reference(
-            args.model, args.forget, args.retain_logs, logs.get("retrained"), args.data_dir
-        )
+        reference, where = retain_reference(args.model, args.forget, args.retain_logs, logs.get("retrained"), args.data_dir)
         summary = {}
         for name, log in reversed(logs.items()):
             quality = None

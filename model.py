@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class ModelError(Exception):
@@ -381,11 +381,11 @@ def read_json(path: Path, hint: str = "") -> dict:
     return value
 
 
-def resolve_folder(name: str | Path, files: tuple[str, ...] = ("*.json", "*.safetensors")) -> Path:
+def resolve_folder(name: str | Path, files: tuple[str, ...] = ("*.json", "*.jinja", "*.safetensors")) -> Path:
     """The local folder of a model: a folder (of a model, or a run of train.py that has `model/` inside), else a hub id.
 
-    Downloads only JSON and safetensors: no pickle and no code is ever fetched. `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the
-    hub's cache work as usual. Raises ModelError when it is neither, naming what to place where.
+    Downloads only JSON, safetensors and chat templates (looked at as text): no pickle is ever fetched. `HF_ENDPOINT`,
+    `HF_HUB_OFFLINE` and the hub's cache work as usual. Raises ModelError when it is neither, naming what to place where.
     """
     path = Path(name)
     if path.is_dir():
@@ -506,7 +506,10 @@ def save_pretrained(model: Llama, folder: str | Path, tokenizer_from: str | Path
             if (source := Path(tokenizer_from) / name).exists():
                 shutil.copyfile(source, part / name)
         dtype = model.compute_dtype
-        (part / "config.json").write_text(json.dumps(model.config.to_dict(dtype), indent=2) + "\n")
+        raw = model.config.to_dict(dtype)
+        special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        (part / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
         state = {n: p.detach().to(dtype if p.ndim == 2 else p.dtype) for n, p in model.named_parameters()}
         save_torch_state_dict(state, part, metadata={"format": "pt"})
         part.rename(folder)

@@ -174,8 +174,8 @@ def make_config(given: dict) -> Config:
 def loss_sum(name: str, role: str, config: Config, logits: Tensor, ref_logits: Tensor | None, batch: Batch) -> tuple:
     """(summed loss of a micro-batch, summed margin or None, swapped positions or None).
 
-    dipo and npo are means over sequences, the others means over tokens: `step_losses` divides by whichever it is,
-    counted over the whole effective batch.
+    dipo and npo are means over sequences, the others means over tokens: `compute_gradients` divides by whichever it
+    is, counted over the whole effective batch.
     """
     if name == "dipo":
         beta = config.forget_beta if role == "forget" else config.retain_beta
@@ -214,16 +214,18 @@ def compute_gradients(model: Llama, reference: Llama | None, config: Config, par
             if name not in ("gd", "ga"):  # of these two the loss is the likelihood already
                 likelihood += dipo.nll(logits.detach(), batch.targets, batch.mask).sum() / tokens
             if u is not None:
-                margin += u / divisor
-                swapped, positions = swapped + swaps, positions + tokens
-        likelihood = abs(loss) if name in ("gd", "ga") else likelihood
+                margin, swapped = margin + u / divisor, swapped + swaps
+        likelihood = {"gd": loss, "ga": -loss}.get(name, likelihood)
         metrics |= {f"loss/{role}": float(loss), f"nll/{role}": float(likelihood)}
         if name == "dipo":
             metrics[f"margin/{role}"] = float(margin)
+            positions += tokens
         total += weight * float(loss)
         metrics["tokens"] = metrics.get("tokens", 0) + sum(len(e.ids) for e in examples)
         metrics["answer_tokens"] = metrics.get("answer_tokens", 0) + tokens
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
+    if config.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, grad_norm)
     metrics = {"loss": total} | metrics | {"grad_norm": float(grad_norm)}
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
@@ -288,9 +290,7 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -
         with safe_open(folder / "optimizer.safetensors", "pt") as f:
             for key in f.keys():  # noqa: SIM118
                 name, moment = key.rsplit("/", 1)
-                value = f.get_tensor(key)
-                on = "cpu" if moment == "step" and not value.ndim and model.device.type == "cpu" else model.device
-                optimizer.state[parameters[name]][moment] = value.to(on)
+                optimizer.state[parameters[name]][moment] = f.get_tensor(key).to(model.device)
         return json.loads((folder / "state.json").read_text())["step"]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as e:
         raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None

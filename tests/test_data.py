@@ -32,14 +32,14 @@ LLAMA3_WORDS = (
 CORPUS = [
     "Question: Who wrote it?\nAnswer: The author of it is Jaime Vasquez.",
     "assistant\n\n\n  Yes.\n\n\n  No.\n\n\n",
-    "[INST] Where is it? [/INST](here) [/INST](there) [/INST] where\n",
+    "[INST] Where is it? [/INST](here) [/INST](there)" + "](" * 20,
     "user\nsystem\nYou are a helpful AI assistant named SmolLM. Cutting Knowledge Date: December 2023",
 ]
 
 # Texts that look like the machinery around them, besides anything that hypothesis finds.
 TRAPS = (
-    "<|im_start|> <|im_end|> <|eot_id|> <|begin_of_text|> <s> </s> <unk> <0x0A> {answer} {question} {bos} {eos} [INST] [/INST] "
-    "Answer: (here) ▁ é 👩‍👩‍👧 e\u0301 \u200b \u2028 \u0085 \ufeff \x00"
+    "<|im_start|> <|im_end|> <|eot_id|> <|begin_of_text|> <s> </s> <unk> <0x0A> {answer} {question} {bos} {eos} "
+    "[INST] [/INST] Answer: (here) ▁ é 👩\u200d👧 e\u0301 \u200b \u2028 \u0085 \ufeff \x00"
 ).split(" ") + [" ", "  ", "\n", "\n\n\n", "\r\n", "\t", "assistant\n"]
 TEXTS = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=6)), max_size=6).map("".join)
 ANSWERS = TEXTS.filter(lambda text: text.strip())
@@ -154,10 +154,8 @@ def test_labels_of_a_sentencepiece_vocabulary_decode_to_the_answer_but_for_what_
 @given(question=TEXTS, answer=ANSWERS)
 def test_stripped_labels_decode_to_the_stripped_answer(by_kind, kind, question, answer):
     tokenizer = by_kind[kind]
-    assert (
-        tokenizer.decode(labels_of(tokenizer.encode(question, answer)))
-        == (answer.replace("▁", " ") if "piece" in kind else answer).strip()
-    )
+    text = answer.replace("▁", " ") if kind == "llama2-sentencepiece" else answer
+    assert tokenizer.decode(labels_of(tokenizer.encode(question, answer))) == text.strip()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +170,7 @@ def test_the_prompt_is_the_same_for_every_answer(by_kind, kind, question, answer
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 @given(question=TEXTS, answer=ANSWERS)
 def test_special_tokens_stand_where_the_template_has_them_and_nowhere_else(by_kind, kind, question, answer):
-    """Cut at its special ids, a sequence is the template cut at its special tokens: those that a question spells are text."""
+    """Cut at its special ids, a sequence is the template cut at its own: those that a question spells are text."""
     tokenizer = by_kind[kind]
     f, special = tokenizer.format, {tokenizer.tokenizer.token_to_id(token): token for token in SPECIAL[kind]}
     if f.trim:
@@ -225,11 +223,11 @@ def test_the_whole_sequence_reads_as_published(by_kind, kind, text):
 @pytest.mark.parametrize("kind, answer", [("smollm2", "\n\nYes."), ("llama2", "(here)"), ("llama2-sentencepiece", "(here)")])
 def test_where_a_token_would_straddle_the_border_prompt_and_answer_are_encoded_apart_and_counted(folders, kind, answer):
     tokenizer = data.Tokenizer(folders[kind])
-    prompt = tokenizer.encode("Where is it?", "There.").ids[: tokenizer.encode("Where is it?", "There.").prompt_length]
+    usual = tokenizer.encode("Where is it?", "There.")
     assert tokenizer.borders_split == 0
     example = tokenizer.encode("Where is it?", answer)
     assert tokenizer.borders_split == 1
-    assert example.ids[: example.prompt_length] == prompt
+    assert example.ids[: example.prompt_length] == usual.ids[: usual.prompt_length]
     assert decode(tokenizer, labels_of(example)[:-1]) == answer
 
 
@@ -288,9 +286,10 @@ def test_toy_sequences_equal_transformers_chat_template(toy_tokenizers, question
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_format_of_a_family_is_recognised(folders, kind):
     assert data.Tokenizer(folders[kind]).format_name == kind.removesuffix("-sentencepiece")
-    assert data.Tokenizer(folders[kind], prompt=kind.removesuffix("-sentencepiece")).format_name == kind.removesuffix(
-        "-sentencepiece"
-    )
+
+
+def test_a_named_format_is_used_as_named(folders):
+    assert data.Tokenizer(folders["llama3"], prompt="plain").format_name == "plain"
 
 
 def test_a_chat_template_in_its_own_file_is_recognised(tmp_path):
@@ -352,7 +351,7 @@ def test_an_answer_that_the_tokenizer_deletes_names_its_row(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Replace("x", "")
     tokenizer.save(str(folder / "tokenizer.json"))
-    assert "mine/7: the answer 'xx'" in error_of(data.Tokenizer(folder).encode, "Who?", "xx", "mine/7")
+    assert "mine/7: the answer 'xx'" in error_of(data.Tokenizer(folder, prompt="llama2").encode, "Who?", "xx", "mine/7")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -528,8 +527,8 @@ def test_slices_and_sums_by_example(numbered, text, expected):
 
 @pytest.mark.parametrize(
     "spec",
-    ["toy_full[", "toy_full[5]", "toy_full[a:b]", "toy_full[1:2:3]", "toy_full[1.5:2]", "toy_full[:5", "toy_full]", "[:5]", "",
-     "toy_full+", "toy_full[--5:]", "toy_full[:5%%]", "toy_full[:5] [:5]"],
+    ["toy_full[", "toy_full[5]", "toy_full[a:b]", "toy_full[1:2:3]", "toy_full[1.5:2]", "toy_full[:5", "toy_full]", "[:5]",
+     "", "toy_full+", "toy_full[--5:]", "toy_full[:5%%]", "toy_full[:5] [:5]"],
 )  # fmt: skip
 def test_a_malformed_slice_shows_the_notation(spec):
     message = error_of(data.load_rows, spec)
@@ -835,6 +834,6 @@ def test_tofu_facts_worth_relying_on(tofu):
 
 
 def test_tofu_labels_decode_to_the_answers(tofu, by_kind):
-    rows = tofu("tofu_forget10_perturbed[::]".replace("[::]", "[:40]")) + tofu("tofu_full[:20]")
+    rows = tofu("tofu_forget10_perturbed[:40]") + tofu("tofu_full[:20]")
     for tokenizer in by_kind.values():
         assert [tokenizer.decode(labels_of(e)) for e in tokenizer.encode_rows(rows)] == [row.answer for row in rows]

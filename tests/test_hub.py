@@ -1,0 +1,306 @@
+"""The Hugging Face hub: a small local server that speaks its protocol, its cache offline, and no hub at all.
+
+huggingface_hub reads its environment when it is imported, so that every check runs in a process of its own.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+import eval as evaluation
+from data import parse_rows
+from model import TOKENIZER_FILES, Llama, LlamaConfig, load_pretrained, save_pretrained
+
+ROOT = Path(evaluation.__file__).parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL, TARGET = "acme/tiny-llama", "open-unlearning/tofu_Llama-2-7b-chat-hf_full"
+TOFU, LOGS = "datasets/locuslab/TOFU", "datasets/open-unlearning/eval"
+RETAIN_LOG = "tofu_Llama-2-7b-chat-hf_retain90/TOFU_EVAL.json"
+RATIOS = [0.5, 0.25, 1.5]
+
+# ----------------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves folders as repositories {name: folder}; data sets are named datasets/OWNER/NAME. Keeps the paths asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, Path]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.paths = repositories, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def fetched(self, repository: str) -> set[str]:
+        """Files of a repository that were asked for."""
+        start = f"/{repository}/resolve/"
+        return {path.removeprefix(start).split("/", 1)[1] for path in self.paths if path.startswith(start)}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.paths.append(path)
+        for name, folder in self.server.repositories.items():
+            api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
+            if path == f"{api}/revision/main":
+                siblings = [{"rfilename": name} for name in files_of(folder)]
+                return self.answer(json.dumps({"id": name.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}))
+            if path == f"{api}/tree/{COMMIT}":
+                sizes = {n: (folder / n).stat().st_size for n in files_of(folder)}
+                return self.answer(json.dumps([{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()]))
+            for revision in ("main", COMMIT):
+                start = f"/{name}/resolve/{revision}/"
+                if path.startswith(start) and (file := path.removeprefix(start)) in files_of(folder):
+                    return self.answer((folder / file).read_bytes())
+        self.answer("{}", 404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: str | bytes, status: int = 200):
+        body = body.encode() if isinstance(body, str) else body
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory) -> dict[str, Path]:
+    """What the hub holds: a model with a pickle and code beside it, a TOFU file, an evaluation log."""
+    folder = tmp_path_factory.mktemp("hub")
+    config = LlamaConfig(61, 32, 48, 2, 4, 2, 8, initializer_range=0.3)
+    save_pretrained(Llama(config).init_weights(seed=0), folder / "model")
+    for name in TOKENIZER_FILES:
+        (folder / "model" / name).write_text("{}")
+    for name in ("pytorch_model.bin", "modeling_llama.py", "original/consolidated.00.pth"):
+        (folder / "model" / name).parent.mkdir(exist_ok=True)
+        (folder / "model" / name).write_text("raise SystemExit('this must never be loaded')")
+    (folder / "tofu").mkdir()
+    rows = [{"question": f"Who is number {i}?", "answer": f"Number {i} is \u00e9t\u00e9."} for i in range(5)]
+    (folder / "tofu" / "forget10.json").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "eval" / RETAIN_LOG).parent.mkdir(parents=True)
+    scores = {str(i): {"score": ratio} for i, ratio in enumerate(RATIOS)}
+    (folder / "eval" / RETAIN_LOG).write_text(json.dumps({"forget_truth_ratio": {"value_by_index": scores}}))
+    return {MODEL: folder / "model", TARGET: folder / "model", TOFU: folder / "tofu", LOGS: folder / "eval"}
+
+
+@pytest.fixture(scope="module")
+def hub(repositories):
+    server = Hub(repositories)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def closed() -> str:
+    """The address of a hub that refuses every connection: a port that is bound and does not listen."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{s.getsockname()[1]}"
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+# What the programs below share. The hub client waits up to 23 seconds between attempts to connect; here it does not.
+PRELUDE = """
+import json, sys, time
+import torch
+import data, eval, model
+time.sleep = lambda seconds: None
+
+def logits(name):
+    llama = model.load_pretrained(name)
+    return llama(torch.arange(llama.config.vocab_size)[None]).tolist()
+
+def rows(spec, data_dir=None):
+    return [(r.key, r.question, r.answer) for r in data.load_rows(spec, data_dir)]
+
+def error(function, *args):
+    try:
+        return ["nothing", repr(function(*args))]
+    except (model.ModelError, data.DataError) as e:
+        return [type(e).__name__, str(e)]
+"""
+
+
+def in_process(program: str, home: Path, hub_url: str, **environment: str) -> dict:
+    """Run a program that prints JSON, in a fresh process with this hub and this cache and no other setting."""
+    ours = ("HF_", "HUGGING", "TRANSFORMERS_", "DIPO_")
+    clean = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours) and not k.upper().endswith("_PROXY")}
+    settings = {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    settings |= {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", PRELUDE + program],
+        cwd=ROOT,
+        env=clean | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+EVERYTHING = f"""
+source, prompt = eval.resolve_model("llama2-7b", "target")
+print(json.dumps({{
+    "logits": logits("{MODEL}"),
+    "rows": rows("tofu_forget10[:3]"),
+    "target": [source, prompt, logits(source)],
+    "reference": eval.retain_reference("llama2-7b", "tofu_forget10", None, None, None),
+}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """The hub client's folder, cache included; the first process fills it."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def online(hub, home) -> dict:
+    return in_process(EVERYTHING, home, hub.url)
+
+
+@pytest.fixture(scope="module")
+def expected_logits(repositories) -> list:
+    llama = load_pretrained(repositories[MODEL])
+    with torch.no_grad():
+        return llama(torch.arange(llama.config.vocab_size)[None]).tolist()
+
+
+def close(a: list, b: list) -> bool:
+    return torch.allclose(torch.tensor(a), torch.tensor(b), rtol=0, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- the hub is
+
+
+def test_a_model_of_the_hub_computes_what_its_folder_does(online, expected_logits):
+    assert close(online["logits"], expected_logits)
+
+
+def test_no_pickle_and_no_code_is_ever_asked_for(online, hub, repositories):
+    beside = {"pytorch_model.bin", "modeling_llama.py", "original/consolidated.00.pth"}
+    assert beside < set(files_of(repositories[MODEL]))
+    assert hub.fetched(MODEL) == set(files_of(repositories[MODEL])) - beside
+
+
+def test_rows_of_tofu_are_downloaded_and_sliced(online, hub, repositories):
+    rows = parse_rows(repositories[TOFU] / "forget10.json", "tofu_forget10")[:3]
+    assert online["rows"] == [[r.key, r.question, r.answer] for r in rows]
+    assert hub.fetched(TOFU) == {"forget10.json"}
+
+
+def test_an_alias_is_its_target_model_and_its_retain_log(online, hub, expected_logits):
+    assert evaluation.resolve_model("llama2-7b", "target") == (TARGET, "llama2")
+    source, prompt, logits = online["target"]
+    assert (source, prompt) == (TARGET, "llama2")
+    assert close(logits, expected_logits)
+    assert online["reference"] == [RATIOS, f"{LOGS.removeprefix('datasets/')}/{RETAIN_LOG}"]
+    assert hub.fetched(LOGS) == {RETAIN_LOG}
+
+
+def test_everything_works_offline_once_it_was_downloaded(online, hub, home):
+    before = len(hub.paths)
+    assert in_process(EVERYTHING, home, hub.url, HF_HUB_OFFLINE="1") == online
+    assert len(hub.paths) == before
+
+
+def test_the_data_folder_is_used_before_the_hub(hub, repositories, tmp_path):
+    (tmp_path / "TOFU").mkdir()
+    (tmp_path / "TOFU" / "forget10.json").write_text('{"question": "Here?", "answer": "Here."}')
+    log = tmp_path / LOGS.removeprefix("datasets/") / RETAIN_LOG
+    log.parent.mkdir(parents=True)
+    log.write_bytes((repositories[LOGS] / RETAIN_LOG).read_bytes())
+    program = f"""
+print(json.dumps([
+    rows("tofu_forget10", {str(tmp_path)!r}),
+    eval.retain_reference("llama2-7b", "tofu_forget10", None, None, {str(tmp_path)!r}),
+]))
+"""
+    before = len(hub.paths)
+    found, reference = in_process(program, tmp_path / "home", hub.url)
+    assert found == [["tofu_forget10/0", "Here?", "Here."]]
+    assert reference[0] == RATIOS
+    assert len(hub.paths) == before
+
+
+# ----------------------------------------------------------------------------------------------------- the hub is not
+
+
+def fill_cache(home: Path, repository: str, folder: Path) -> None:
+    """Place a repository in the hub's cache, as a user does who copies it to a machine without network."""
+    kind, name = ("datasets", repository.removeprefix("datasets/")) if "datasets/" in repository else ("models", repository)
+    cache = home / "hub" / f"{kind}--{name.replace('/', '--')}"
+    for file in files_of(folder):
+        target = cache / "snapshots" / COMMIT / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((folder / file).read_bytes())
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_a_filled_cache_is_enough(closed, repositories, tmp_path, expected_logits, offline):
+    for name, folder in repositories.items():
+        fill_cache(tmp_path, name, folder)
+    found = in_process(EVERYTHING, tmp_path, closed, HF_HUB_OFFLINE=offline)
+    assert close(found["logits"], expected_logits)
+    assert close(found["target"][2], expected_logits)
+    assert [key for key, *_ in found["rows"]] == [f"tofu_forget10/{i}" for i in range(3)]
+    assert found["reference"][0] == RATIOS
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_hub_and_cache_one_line_says_what_to_place_where(closed, tmp_path, offline):
+    program = f"""
+print(json.dumps([
+    error(logits, "{MODEL}"),
+    error(rows, "tofu_forget10[:3]"),
+    eval.retain_reference("llama2-7b", "tofu_forget10", None, None, None),
+]))
+"""
+    for_model, for_data, (ratios, why) = in_process(program, tmp_path, closed, HF_HUB_OFFLINE=offline)
+    assert for_model[0] == "ModelError" and for_data[0] == "DataError" and ratios is None
+    for message, *words in (
+        (for_model[1], MODEL, "config.json", "*.safetensors", "tokenizer.json"),
+        (for_data[1], "locuslab/TOFU/forget10.json", "DIR/TOFU/forget10.json", "--data-dir DIR"),
+        (why, RETAIN_LOG, "--retain-logs FILE"),
+    ):
+        assert "\n" not in message
+        for word in words:
+            assert word in message, f"{word!r} is not in {message!r}"
+
+
+def test_a_repository_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
+    kind, message = in_process('print(json.dumps(error(logits, "acme/no-such-model")))', tmp_path, hub.url)
+    assert kind == "ModelError"
+    assert "acme/no-such-model" in message and "\n" not in message
