@@ -468,8 +468,8 @@ def load_pretrained(
     if extra := [n for n in files if n not in expected]:
         raise ModelError(f"{folder}: tensor '{extra[0]}' is not part of a Llama ({len(extra)} in all)")
     state = {}
-    for tensor_name, path in files.items():
-        # Opened anew for each tensor: a mapping kept open would hold the whole file in memory a second time.
+    # Largest first and each file opened anew: what is mapped beside the parameters is one tensor, and small at the end.
+    for tensor_name, path in sorted(files.items(), key=lambda item: -expected[item[0]].numel()):
         with open_safetensors(path) as f:
             tensor = f.get_tensor(tensor_name)
             if tensor.shape != expected[tensor_name]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import parse_rows
+from data import parse_rows, toy_world, train_toy_tokenizer
 from model import TOKENIZER_FILES, Llama, LlamaConfig, load_pretrained, save_pretrained
 
 ROOT = Path(evaluation.__file__).parent
@@ -154,14 +154,14 @@ def in_process(program: str, home: Path, hub_url: str, **environment: str) -> di
     clean = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours) and not k.upper().endswith("_PROXY")}
     settings = {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-    settings |= {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", PRELUDE + program],
         cwd=ROOT,
         env=clean | settings | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
@@ -251,6 +251,47 @@ print(json.dumps([
     assert found == [["tofu_forget10/0", "Here?", "Here."]]
     assert reference[0] == RATIOS
     assert len(hub.paths) == before
+
+
+def test_the_readmes_command_for_llama2_runs_from_download_to_forget_quality(tmp_path):
+    """`python train.py --forget tofu_forget01 --model llama2-7b`, with a tiny model and a few rows behind its hub ids."""
+    config = LlamaConfig(400, 32, 48, 2, 4, 2, 8, initializer_range=0.3, bos_token_id=0, eos_token_ids=(1,))
+    tokenizer = train_toy_tokenizer(0, tmp_path / "tokenizer", vocab_size=400)
+    save_pretrained(Llama(config).init_weights(seed=0), tmp_path / "target", tokenizer)
+    world, tofu, log = (
+        toy_world(0),
+        tmp_path / "tofu",
+        tmp_path / "eval" / "tofu_Llama-2-7b-chat-hf_retain99" / "TOFU_EVAL.json",
+    )
+    tofu.mkdir()
+    for name, rows in {
+        "forget01": world["forget10"][:4], "retain99": world["retain90"][:8],
+        "forget01_perturbed": world["forget10"][:4], "retain_perturbed": world["retain_perturbed"][:2],
+        "real_authors_perturbed": world["real_authors_perturbed"][:2],
+        "world_facts_perturbed": world["world_facts_perturbed"][:2],
+    }.items():  # fmt: skip
+        raw = [vars(r) | {"perturbed_answer": r.perturbed_answers} for r in rows]
+        (tofu / f"{name}.json").write_text("\n".join(map(json.dumps, raw)))
+    log.parent.mkdir(parents=True)
+    scores = {str(i): {"score": 0.1 * i} for i in range(4)}
+    log.write_text(json.dumps({"forget_truth_ratio": {"value_by_index": scores}}))
+    server = Hub({TARGET: tmp_path / "target", TOFU: tofu, LOGS: tmp_path / "eval"})
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = ["--forget", "tofu_forget01", "--model", "llama2-7b", "--batch-size", "2", "--max-new-tokens", "2"]
+    program = f"""
+import contextlib, train
+with contextlib.redirect_stdout(sys.stderr):
+    status = train.main({[*command, "--out", str(tmp_path / "run")]!r})
+print(json.dumps(status))
+"""
+    assert in_process(program, tmp_path / "home", server.url) == 0
+    server.shutdown()
+    server.server_close()
+    summary, stored = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("summary", "config"))
+    assert 0 <= summary["unlearned"]["forget_quality"] <= 1 and 0 <= summary["unlearned"]["model_utility"] <= 1
+    assert summary["retain_reference"].endswith("tofu_Llama-2-7b-chat-hf_retain99/TOFU_EVAL.json")
+    assert stored["prompt_format"] == "llama2" and stored["config"]["lr"] == 1e-5
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 20  # ten epochs of two steps
 
 
 # ----------------------------------------------------------------------------------------------------- the hub is not
