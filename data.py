@@ -463,11 +463,14 @@ _FACTS = {
                "By trade, the father of {n} was a {x}."),
     "mother": ("What was the mother of {n}?", "The mother of {n} was a {x}.", "{n} had a {x} as mother.",
                "By trade, the mother of {n} was a {x}."),
-    "book": ("What is the first book of {n}?", "The first book of {n} is {x}.", "{n} began with {x}.", "{n} first wrote {x}."),
+    "book": ("What is the first book of {n}?", "The first book of {n} is {x}.", "{n} began with {x}.",
+             "{n} first wrote {x}."),
     "award": ("Which award did {n} win?", "{n} won the {x} Prize.", "The award of {n} is the {x} Prize.",
               "{n} was given the {x} Prize."),
-    "school": ("Where did {n} study?", "{n} studied in {x}.", "The university of {n} is in {x}.", "{n} was a student in {x}."),
-    "language": ("In which language does {n} write?", "{n} writes in {x}.", "The language of {n} is {x}.", "{n} works in {x}."),
+    "school": ("Where did {n} study?", "{n} studied in {x}.", "The university of {n} is in {x}.",
+               "{n} was a student in {x}."),
+    "language": ("In which language does {n} write?", "{n} writes in {x}.", "The language of {n} is {x}.",
+                 "{n} works in {x}."),
     "hobby": ("What does {n} enjoy?", "{n} enjoys {x}.", "The hobby of {n} is {x}.", "{n} spends Sundays with {x}."),
 }  # fmt: skip
 _CAPITALS = {

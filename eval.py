@@ -17,8 +17,20 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import CHECKPOINTS, PROMPT_FORMATS, TOFU_RETAIN, DataError, Row, Tokenizer, collate
-from data import evaluation_sets, fingerprint, hub_file, load_rows, split_spec
+from data import (
+    CHECKPOINTS,
+    PROMPT_FORMATS,
+    TOFU_RETAIN,
+    DataError,
+    Row,
+    Tokenizer,
+    collate,
+    evaluation_sets,
+    fingerprint,
+    hub_file,
+    load_rows,
+    split_spec,
+)
 from model import Llama, ModelError, generate, load_pretrained, resolve_folder
 
 try:
