@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -177,12 +177,16 @@ def tofu_file(config: str, data_dir: str | Path | None) -> Path:
 
 
 def hub_file(repo: str, name: str, remedy: str) -> Path:
-    """A file of a data set on the hub, or DataError saying what to place where."""
+    """A file of a data set on the hub or in the hub's cache, or DataError saying what to place where."""
     try:
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+        # Not hf_hub_download: without a network it retries for 20 seconds and prints warnings before it gives up.
+        path = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=[name])) / name
     except Exception as e:  # the hub client raises its own, requests', httpx's and the system's errors
         why = next((line.strip() for line in str(e).splitlines() if line.strip()), "no message")[:200]
         raise DataError(f"{repo}/{name}: the hub gave nothing ({type(e).__name__}: {why}); {remedy}") from None
+    if not path.exists():
+        raise DataError(f"{repo}/{name}: not on the hub, or not in its cache while the hub is out of reach; {remedy}")
+    return path
 
 
 def complement(forget: str) -> str:

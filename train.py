@@ -121,7 +121,7 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "smollm2": {"lr": 2e-4, "epochs": 5.0, "batch_size": 16},
+    "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
     "toy": {"lr": 5e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24},
 }
 TOY_FINETUNE = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "micro_batch_size": 32, "warmup_epochs": 2.0}
@@ -328,7 +328,7 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
     """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
 
     forget: the forget examples, or the finetuning examples (then retain is empty and `config.finetune` set).
-    on_epoch(step, epoch): called whenever another `config.eval_every` epochs are done.
+    on_epoch(step, epoch, last): called whenever another `config.eval_every` epochs are done.
     Raises Interrupted after saving, RunError or SwappedRolesError (state before the step saved).
     """
     per_epoch = len(forget) / config.batch_size
@@ -350,7 +350,7 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
         for block in model.model.layers:
             block.compile(dynamic=True)
     if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
-        on_epoch(start, evaluate_at[start])
+        on_epoch(start, evaluate_at[start], start == steps)
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
     with log.open("a") as log_file, bar:
         for step in range(start, steps):
@@ -388,7 +388,7 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
             if interrupt.wanted and step + 1 < steps:
                 raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
             if step + 1 in evaluate_at:
-                on_epoch(step + 1, evaluate_at[step + 1])
+                on_epoch(step + 1, evaluate_at[step + 1], step + 1 == steps)
     return steps
 
 
@@ -511,8 +511,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         ratios = [v["truth_ratio"] for v in log["rows"]["forget"].values()]
         return evaluation.compare(ratios, *references)[0]
 
-    def on_epoch(step, epoch):
-        log = score(model, f"epoch-{epoch:g}")
+    def on_epoch(step, epoch, last):
+        log = score(model, "unlearned", out) if last else score(model, f"epoch-{epoch:g}")
         record = {"step": step, "epoch": epoch} | evaluation.summary_scores(log["scores"], quality(log))
         path = out / "trajectory.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []

@@ -126,12 +126,11 @@ def closed() -> str:
 
 # --------------------------------------------------------------------------------------------------------- processes
 
-# What the programs below share. The hub client waits up to 23 seconds between attempts to connect; here it does not.
+# What the programs below share.
 PRELUDE = """
-import json, sys, time
+import json, sys
 import torch
 import data, eval, model
-time.sleep = lambda seconds: None
 
 def logits(name):
     llama = model.load_pretrained(name)
@@ -345,3 +344,10 @@ def test_a_repository_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
     kind, message = in_process('print(json.dumps(error(logits, "acme/no-such-model")))', tmp_path, hub.url)
     assert kind == "ModelError"
     assert "acme/no-such-model" in message and "\n" not in message
+
+
+def test_a_file_that_the_cache_lacks_is_told(closed, repositories, tmp_path):
+    fill_cache(tmp_path, TOFU, repositories[TOFU])
+    program = 'print(json.dumps(error(rows, "tofu_forget01")))'
+    kind, message = in_process(program, tmp_path, closed, HF_HUB_OFFLINE="1")
+    assert kind == "DataError" and "forget01.json" in message and "--data-dir DIR" in message and "\n" not in message
