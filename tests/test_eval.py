@@ -624,11 +624,13 @@ def test_a_result_is_reused_for_the_same_protocol_only(tiny, sets, tmp_path, eva
     bfloat16 = Llama(tiny.model.config, compute_dtype=torch.bfloat16).init_weights(0)
     [row, *others] = sets["forget"]
     reworded = [dataclasses.replace(row, answer=row.answer + "!"), *others]
+    perturbed_otherwise = [dataclasses.replace(row, perturbed_answers=row.perturbed_answers[::-1]), *others]
     changed = [
         dict(max_new_tokens=2),
         dict(model=bfloat16),
         dict(sets=sets | {"forget": others}),
         dict(sets=sets | {"forget": reworded}),
+        dict(sets=sets | {"forget": perturbed_otherwise}),
         dict(tokenizer=data.Tokenizer(tiny.tokenizer.folder, prompt="llama2")),
     ]
     paths = {run(**change)["path"] for change in changed}
@@ -657,7 +659,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "replace", full_disk)
     message = error_of(eval.write_json, path, {"text": "new"})
     assert str(path) in message and "No space left" in message
     assert json.loads(path.read_text(encoding="utf-8")) == {"text": "Hélène"}
