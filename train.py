@@ -122,7 +122,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
-    "toy": {"lr": 5e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24},
+    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24},
 }
 TOY_FINETUNE = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "micro_batch_size": 32, "warmup_epochs": 2.0}
 

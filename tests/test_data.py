@@ -561,10 +561,16 @@ def test_an_unreachable_hub_says_what_to_place_where(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host\nand a second line")
 
-    monkeypatch.setattr(data, "hf_hub_download", unreachable)
+    monkeypatch.setattr(data, "snapshot_download", unreachable)
     message = error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path)
     assert "locuslab/TOFU/forget10.json" in message and "no route to host" in message
     assert "DIR/TOFU/forget10.json" in message and "--data-dir" in message
+
+
+def test_a_file_that_the_hub_or_its_cache_lacks_says_what_to_place_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    message = error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path)
+    assert "locuslab/TOFU/forget10.json" in message and "DIR/TOFU/forget10.json" in message
 
 
 # ------------------------------------------------------------------------------------------------------- files of rows

@@ -157,7 +157,7 @@ ITEMS = st.builds(
         "rouge": rouge,
         "truth_ratio": math.exp(correct - statistics.fmean(wrong)),
     },
-    LOSSES, LOSSES, LOSS_LISTS, st.floats(0, 1),
+    LOSSES, LOSSES, LOSS_LISTS, st.just(0.0) | st.floats(1e-3, 1),
 )  # fmt: skip
 SET_ITEMS = st.dictionaries(st.text("abc", min_size=1, max_size=3), ITEMS, min_size=1, max_size=4)
 
