@@ -221,11 +221,13 @@ def evaluate(
     with tqdm(total=len(examples) + len(work), desc=label, unit="answer", disable=not progress, leave=False) as bar:
         losses = answer_losses(model, examples, bar=bar)
         generations = [""] * len(work)
+        # A chat format may end its answers by another token than the model's config names.
+        stop = {*model.config.eos_token_ids, tokenizer.eos_id}
         order = sorted(range(len(work)), key=lambda i: first[i].prompt_length)
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             prompts = [list(first[i].ids[: first[i].prompt_length]) for i in chunk]
-            for i, ids in zip(chunk, generate(model, prompts, max_new_tokens), strict=True):
+            for i, ids in zip(chunk, generate(model, prompts, max_new_tokens, stop), strict=True):
                 generations[i] = tokenizer.decode(ids)
             bar.update(len(chunk))
 

@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -320,11 +321,14 @@ class Llama(nn.Module):
 
 
 @torch.no_grad()
-def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+def generate(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids: Iterable[int] | None = None
+) -> list[list[int]]:
     """Greedy continuation of each prompt (token ids), without the prompt and without the EOS that ended it.
 
+    stop_ids: token ids that end a row (default: the EOS ids of the model's config).
     One left-padded batch with a static KV cache; padding is told by length, never by token value. Rows that have
-    reached an EOS id leave the batch as soon as they are half of it.
+    stopped leave the batch as soon as they are half of it.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -342,7 +346,8 @@ def generate(model: Llama, prompts: list[list[int]], max_new_tokens: int) -> lis
     positions = (torch.arange(T, device=device)[None] - start[:, None]).clamp(min=0)
 
     cache = KVCache(model.config, B, S, device, model.compute_dtype)
-    stop = torch.tensor(model.config.eos_token_ids, dtype=torch.int64, device=device)
+    stop_ids = model.config.eos_token_ids if stop_ids is None else tuple(stop_ids)
+    stop = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     last = torch.full((B, 1), T - 1, device=device)
     logits = model(ids.to(device), at=last, positions=positions, mask=mask, cache=cache)
     rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)

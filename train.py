@@ -161,6 +161,8 @@ def make_config(given: dict) -> Config:
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
+    if config.retain_logs and config.retain_model:
+        raise RunError("--retain-logs and --retain-model: pass one of them")
     if config.model == "toy" and config.finetune:
         raise RunError("--finetune: name the model to start from with --model")
     if config.model == "toy" and not config.forget.startswith("toy_"):
@@ -511,6 +513,9 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         ratios = [v["truth_ratio"] for v in log["rows"]["forget"].values()]
         return evaluation.compare(ratios, *references)[0]
 
+    if wants_eval:
+        quality(logs["target"])  # a reference with other rows is refused now, not after the training
+
     def on_epoch(step, epoch, last):
         log = score(model, "unlearned", out) if last else score(model, f"epoch-{epoch:g}")
         record = {"step": step, "epoch": epoch} | evaluation.summary_scores(log["scores"], quality(log))
@@ -602,7 +607,8 @@ def main(argv: list[str] | None = None) -> int:
             if config.eval:
                 evaluation.require_extra()
             target, retrained = toy_models(config)
-            config = dataclasses.replace(config, model=str(target), retain_model=config.retain_model or str(retrained))
+            retrained = config.retain_model or (None if config.retain_logs else str(retrained))
+            config = dataclasses.replace(config, model=str(target), retain_model=retrained)
         run(dataclasses.replace(config, out=str(out)), out, resume)
     except (RunError, DataError, ModelError, evaluation.EvalError, dipo.SwappedRolesError) as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,11 +1,14 @@
-"""Settings shared by all tests: no deadlines, a seed that is printed, one place for tensor strategies."""
+"""Settings shared by all tests: no deadlines, a seed that is printed, one thread."""
 
 import random
 
 import hypothesis
+import torch
 
 hypothesis.settings.register_profile("suite", deadline=None, print_blob=True, max_examples=50)
 hypothesis.settings.load_profile("suite")
+
+torch.set_num_threads(1)  # the tensors are tiny, and two threads stall each other where the machine is busy
 
 
 def pytest_configure(config):

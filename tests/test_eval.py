@@ -860,3 +860,13 @@ def test_a_dtype_is_chosen_by_the_device():
     cpu = eval.pick_device("cpu")
     assert eval.pick_dtype("auto", cpu) == torch.float32 and eval.pick_dtype("bfloat16", cpu) == torch.bfloat16
     assert "--device cuda:99" in error_of(eval.pick_device, "cuda:99")
+
+
+def test_generation_stops_at_the_prompt_formats_own_end_token_too(tiny, sets, monkeypatch):
+    """Llama 3's chat format ends answers by <|eot_id|>, which the config of a base model does not name."""
+    stops = []
+    monkeypatch.setattr(eval, "generate", lambda model, prompts, n, stop: stops.append(stop) or [[] for _ in prompts])
+    other_eos = dataclasses.replace(tiny.model.config, eos_token_ids=(7,))
+    monkeypatch.setattr(tiny.model, "config", other_eos)
+    eval.evaluate(tiny.model, tiny.tokenizer, sets, 3, progress=False)
+    assert stops and all(stop == {7, tiny.tokenizer.eos_id} for stop in stops)

@@ -349,6 +349,12 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
     assert json.loads(Path("e.json").read_text())["model"] == summary["unlearned"]
 
 
+def test_a_reference_with_other_rows_is_refused_before_the_training(cli, short_options):
+    Path("log.json").write_text(json.dumps({"rows": {"forget": {str(i): {"truth_ratio": 0.5} for i in range(7)}}}))
+    status, message = cli(*SMALL, *EVAL, "--retain-logs", "log.json", "--out", "a", evaluate=True)
+    assert status == 2 and "holds 7 forget rows, this evaluation 10" in message and not Path("a/log.jsonl").exists()
+
+
 @pytest.mark.usefixtures("cli", "short_options")
 def test_without_a_retain_reference_forget_quality_is_absent_and_the_reason_told(tiny, capsys):
     assert train.main([*SMALL, *EVAL, "--model", str(tiny), "--out", "a"]) == 0
@@ -389,6 +395,7 @@ BAD = {
     "unknown preset": (["--preset", "best"], "unknown"),
     "unknown device": (["--device", "warp"], "--device warp"),
     "broken retain log": (["--retain-logs", "nothing.json"], "nothing.json"),
+    "two references": (["--retain-logs", "a", "--retain-model", "b"], "one of them"),
     "folder without a model": (["--model", "."], "config.json"),
 }
 
