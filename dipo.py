@@ -118,6 +118,9 @@ def swapped_roles(memory_logits: Tensor, forgetting_logits: Tensor) -> Tensor:
 
     The other tokens have the same logits in both, so their share is U / Z_m against U / Z_f: the kept tokens lose by
     z + alpha m exactly if it has the smaller normaliser.
+
+    Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
+    tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
     """
     return memory_logits.logsumexp(-1) < forgetting_logits.logsumexp(-1)
 
@@ -160,7 +163,8 @@ def reward_margin_from_logits(
     """
     _check(mask, logits, ref_logits, preferred_probs, dispreferred_probs)
     preference = (preferred_probs - dispreferred_probs).detach()
-    return beta * _masked_sum((preference * (logits - ref_logits.detach())).sum(-1), mask)
+    difference = _at_least_float32(logits) - _at_least_float32(ref_logits.detach())
+    return beta * _masked_sum((preference * difference).sum(-1), mask)
 
 
 def dipo_margin(
@@ -186,11 +190,9 @@ def dipo_margin(
     assert role in ROLES, f"role {role!r} is none of {ROLES}"
     assert pair_from in ("policy", "reference"), f"pair_from {pair_from!r} is neither 'policy' nor 'reference'"
     assert reduction in ("sum", "mean"), f"reduction {reduction!r} is neither 'sum' nor 'mean'"
-    z, z_ref = _at_least_float32(logits), _at_least_float32(ref_logits.detach())
-    source = z.detach() if pair_from == "policy" else z_ref
-    memory, forgetting = preference_pair(source, alpha, p, filter, center)
+    memory, forgetting = preference_pair(logits if pair_from == "policy" else ref_logits, alpha, p, filter, center)
     preferred, dispreferred = (forgetting, memory) if role == "forget" else (memory, forgetting)
-    u = reward_margin_from_logits(z, z_ref, preferred.softmax(-1), dispreferred.softmax(-1), mask, beta)
+    u = reward_margin_from_logits(logits, ref_logits, preferred.softmax(-1), dispreferred.softmax(-1), mask, beta)
     if reduction == "mean":
         u = u / mask.sum(-1).clamp(min=1)
     return u, swapped_roles(memory, forgetting) & mask

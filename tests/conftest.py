@@ -1,14 +1,21 @@
-"""Settings shared by all tests: no deadlines, a seed that is printed, one thread."""
+"""Settings shared by all tests: no deadlines, a seed that is printed, one thread, the table of claims at the end."""
 
 import random
+from pathlib import Path
 
+import claims
 import hypothesis
+import pytest
 import torch
 
-hypothesis.settings.register_profile("suite", deadline=None, print_blob=True, max_examples=50)
+hypothesis.settings.register_profile("suite", deadline=None, print_blob=True, max_examples=100)
 hypothesis.settings.load_profile("suite")
 
 torch.set_num_threads(1)  # the tensors are tiny, and two threads stall each other where the machine is busy
+
+
+def pytest_addoption(parser):
+    parser.addoption("--claims", type=Path, metavar="FILE", help="write the table of claims into this Markdown file")
 
 
 def pytest_configure(config):
@@ -18,5 +25,21 @@ def pytest_configure(config):
     hypothesis.core.global_force_seed = int(config.getoption("--hypothesis-seed"))
 
 
-def pytest_report_header(config):
-    return f"repeat with: pytest --hypothesis-seed={config.getoption('--hypothesis-seed')}"
+def pytest_runtest_logreport(report):
+    found = claims.CLAIMS.get(report.nodeid.split("::")[-1].split("[")[0])
+    if found and report.failed:
+        found.failed = True
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if claims.tried():
+        terminalreporter.section("the paper's claims")
+        for line in claims.as_text():
+            terminalreporter.line(line)
+    terminalreporter.line(f"repeat with: pytest --hypothesis-seed={config.getoption('--hypothesis-seed')}")
+    if path := config.getoption("--claims"):
+        try:
+            claims.write_markdown(path)
+        except (OSError, ValueError) as e:
+            raise pytest.UsageError(f"--claims: {e}") from None
+        terminalreporter.line(f"written to {path}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from claims import claim
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -128,6 +129,7 @@ def test_every_prompt_format_is_tested():
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 @given(question=TEXTS, answer=ANSWERS)
+@claim("labels are exactly the answer and EOS, for every prompt format and any text", "ours")
 def test_labels_decode_to_exactly_the_answer_and_end_with_eos(by_kind, kind, question, answer):
     """To the byte, for any text. llama3's own template strips texts; in the plain format the space before an answer is a
     label; a byte-level vocabulary loses nothing."""
@@ -160,6 +162,7 @@ def test_stripped_labels_decode_to_the_stripped_answer(by_kind, kind, question, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(question=TEXTS, answers=st.lists(ANSWERS, min_size=2, max_size=3))
+@claim("the prompt part of a sequence does not depend on its answer", "ours")
 def test_the_prompt_is_the_same_for_every_answer(by_kind, kind, question, answers):
     """So that generation is given what training conditioned on, wherever the border falls."""
     examples = [by_kind[kind].encode(question, answer) for answer in answers]
@@ -393,6 +396,7 @@ def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
 
 
 @given(some_examples())
+@claim("each target is the token after its position; padding is told by length", "ours")
 def test_each_target_is_the_token_after_its_position_and_padding_is_told_by_length(examples):
     batch = data.collate(examples)
     assert batch.input_ids.shape[1] == max(len(e.ids) for e in examples) - 1
@@ -423,6 +427,7 @@ SEEDS, SIZES = st.integers(0, 5), st.integers(1, 12)
 
 
 @given(SEEDS, SIZES, st.integers(0, 4))
+@claim("each epoch visits every example once", "ours")
 def test_each_epoch_visits_every_item_once(seed, n, epoch):
     assert sorted(data.draw(list(range(n)), seed, "forget", epoch * n, n)) == list(range(n))
 
@@ -437,6 +442,7 @@ def test_pieces_of_a_stream_concatenate_to_the_whole(seed, n, start, counts):
 
 
 @given(SEEDS, st.integers(0, 200))
+@claim("data order and pairing depend on (seed, step) alone", "ours")
 def test_a_draw_depends_on_seed_and_step_alone(seed, start):
     items = list("abcdefghijk")
     first = data.draw(items, seed, "forget", start, 5)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from claims import claim
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,18 +43,21 @@ def error_of(call, *args, kind=EvalError, **kwargs) -> str:
 
 
 @given(LOSSES, LOSS_LISTS)
+@claim("truth ratio = geometric mean over the wrong answers / the right one", "TOFU")
 def test_truth_ratio_is_the_wrong_answers_geometric_mean_over_the_right_one(correct, wrong):
     geometric_mean = math.prod(math.exp(-loss) for loss in wrong) ** (1 / len(wrong))
     assert eval.truth_ratio(correct, wrong) == pytest.approx(geometric_mean / math.exp(-correct))
 
 
 @given(LOSSES, LOSS_LISTS)
+@claim("probability of an option is its share among the options", "TOFU")
 def test_normalised_probability_is_the_right_options_share(correct, wrong):
     p, others = math.exp(-correct), [math.exp(-loss) for loss in wrong]
     assert eval.normalised_probability(correct, wrong) == pytest.approx(p / (p + sum(others)))
 
 
 @given(RATIOS)
+@claim("truth ratios are averaged as min(r, 1/r) on forget, max(0, 1 - r) elsewhere", "TOFU")
 def test_truth_ratios_are_averaged_on_the_scale_of_their_set(ratios):
     assert eval.utility_truth_ratio(ratios) == pytest.approx(statistics.fmean([1 - r if r < 1 else 0.0 for r in ratios]))
     assert eval.forget_truth_ratio(ratios) == pytest.approx(statistics.fmean([r if r < 1 else 1 / r for r in ratios]))
@@ -71,6 +75,7 @@ def test_a_model_destroyed_by_gradient_ascent_still_has_finite_numbers(correct, 
 
 
 @given(st.lists(st.floats(1e-3, 1) | st.just(0.0), min_size=9, max_size=9))
+@claim("model utility = harmonic mean of its nine parts", "TOFU")
 def test_model_utility_is_the_harmonic_mean_of_its_nine_parts(values):
     utility = eval.model_utility(dict(zip(eval.UTILITY_PARTS, values, strict=True)) | {"forget_rouge": 0.0})
     assert utility == pytest.approx(statistics.harmonic_mean(values))
@@ -95,6 +100,7 @@ ABOVE_ONE = pytest.mark.filterwarnings("ignore:ks_2samp. Exact calculation unsuc
 
 @ABOVE_ONE
 @given(PAIRS)
+@claim("forget quality = exact two-sample KS p-value", "TOFU")
 def test_forget_quality_is_the_exact_two_sample_p_value(pair):
     exact = exact_p_value(*pair)
     assert eval.forget_quality(*pair) == pytest.approx(exact, rel=1e-9, abs=1e-4 if exact == 1 else 0)
@@ -102,6 +108,7 @@ def test_forget_quality_is_the_exact_two_sample_p_value(pair):
 
 @ABOVE_ONE
 @given(PAIRS, st.sampled_from([math.log, math.sqrt, lambda r: 1 / r, lambda r: r / (1 + r), lambda r: -r]))
+@claim("forget quality is the same on any monotone scale of the truth ratio", "TOFU")
 def test_forget_quality_is_the_same_on_any_monotone_scale_and_in_any_order(pair, scale):
     a, b = pair
     quality = eval.forget_quality(a, b)
@@ -119,6 +126,7 @@ WORDS = st.lists(st.sampled_from("a bo cat dog eel fig 12 7".split()), max_size=
 
 
 @given(WORDS.filter(len), WORDS)
+@claim("ROUGE-L recall = longest common subsequence / length of the reference", "TOFU")
 def test_rouge_l_recall_is_the_common_subsequence_over_the_references_length(reference, generation):
     @functools.cache
     def common(a: tuple, b: tuple) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from claims import claim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -124,6 +125,7 @@ quick = settings(deadline=None, max_examples=25)
 
 @quick
 @given(names, sequences, sequences, sequences)
+@claim("a later token changes no earlier logit", "ours")
 def test_a_later_token_changes_no_earlier_logit(name, start, one_end, other_end):
     n = min(len(one_end), len(other_end))
     one, other = (logits_of(tiny(name), start + end[:n])[:, : len(start)] for end in (one_end, other_end))
@@ -140,6 +142,7 @@ def test_logits_at_positions_are_the_slice_of_all_logits(name, ids, data):
 
 @quick
 @given(names, batches, tokens)
+@claim("padding changes no logit", "ours")
 def test_padding_to_the_right_changes_nothing(name, rows, pad):
     longest = max(map(len, rows))
     together = logits_of(tiny(name), *(row + [pad] * (longest - len(row)) for row in rows))
@@ -149,6 +152,7 @@ def test_padding_to_the_right_changes_nothing(name, rows, pad):
 
 @quick
 @given(names, sequences, st.integers(1, 100))
+@claim("rotary positions count only by their differences", "RoPE")
 def test_only_relative_positions_count(name, ids, shift):
     positions = torch.arange(len(ids))[None]
     moved = logits_of(tiny(name), ids, positions=positions + shift)
@@ -197,6 +201,7 @@ def test_generation_of_a_row_does_not_depend_on_the_other_rows(name, prompts, eo
 
 @quick
 @given(names, batches)
+@claim("generation with a KV cache = full recomputation", "ours")
 def test_generation_with_the_cache_is_full_recomputation(name, prompts):
     for prompt, out in zip(prompts, generate(tiny(name), prompts, 8), strict=True):
         for i, token in enumerate(out):

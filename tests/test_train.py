@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from claims import claim
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +105,7 @@ def test_micro_batches_and_their_order_change_no_gradient(tiny, losses):
     check()
 
 
+@claim("a training step has the gradient of mean L_f + lambda mean L_r", "Eq. 14")
 def test_gradient_is_that_of_the_papers_objective(tiny):
     """mean of L_f over forget sequences + lambda * mean of L_r over retain sequences, each sequence on its own."""
     grad, metrics = gradients(tiny, ("dipo", "dipo"), 3)

@@ -1,0 +1,77 @@
+"""Which test verifies which claim of the paper, and the table that pytest prints of them at its end.
+
+    @given(...)
+    @claim("u = 0 and L = log 2 at the reference", "Eq. 14")
+    def test_...
+
+`python -m pytest --claims README.md` writes the same table between the two `claims` comments of a Markdown file.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+START, END = "<!-- claims: pytest --claims README.md -->", "<!-- end of claims -->"
+
+
+@dataclass
+class Claim:
+    text: str
+    where: str  # in the paper, or "ours"
+    verdict: str  # what it means for the claim that its test passes
+    file: str
+    test: str
+    examples: int = 0  # calls that ran to their end
+    failed: bool = False
+
+
+CLAIMS: dict[str, Claim] = {}  # by test name, in the order of the files
+
+
+def claim(text: str, where: str = "ours", verdict: str = "holds"):
+    """Mark a test as the one that verifies this claim. Stands below @given, so that it sees every example.
+
+    verdict: 'holds', 'holds if ...' for a condition that the test makes, 'refuted' for a counterexample that the test
+    keeps, 'holds where tried' where there is no proof. A failing test is reported as FAILED whatever stands here.
+    """
+
+    def mark(function):
+        assert function.__name__ not in CLAIMS, f"{function.__name__} verifies a claim already"
+        record = Claim(text, where, verdict, Path(function.__code__.co_filename).name, function.__name__)
+        CLAIMS[function.__name__] = record
+
+        @functools.wraps(function)
+        def counted(*args, **kwargs):
+            function(*args, **kwargs)
+            record.examples += 1
+
+        return counted
+
+    return mark
+
+
+def tried() -> list[Claim]:
+    return [c for c in CLAIMS.values() if c.examples or c.failed]
+
+
+def verdict(c: Claim) -> str:
+    return "FAILED" if c.failed else c.verdict
+
+
+def as_text() -> list[str]:
+    rows = [("claim", "where", "property", "examples", "verdict")]
+    rows += [(c.text, c.where, c.test, str(c.examples), verdict(c)) for c in tried()]
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def write_markdown(path: Path) -> None:
+    """Replace what stands between START and END in `path`. Raises ValueError where they are missing."""
+    text = path.read_text(encoding="utf-8")
+    if START not in text or END not in text:
+        raise ValueError(f"{path}: the lines {START!r} and {END!r} are missing")
+    lines = ["| claim | where | property | examples | verdict |", "| --- | --- | --- | --- | --- |"]
+    for c in tried():
+        lines.append(f"| {c.text} | {c.where} | [`{c.test}`](tests/{c.file}) | {c.examples} | {verdict(c)} |")
+    before, after = text.split(START)[0], text.split(END)[1]
+    path.write_text(before + "\n".join([START, *lines, END]) + after, encoding="utf-8")
