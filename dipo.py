@@ -236,6 +236,7 @@ def check_roles(swapped: int, positions: int) -> None:
 def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """-log p(y | x), summed over answer tokens -> [B]. Gradient descent (retain) is its token mean, ascent its negative."""
     _check(mask, logits)
+    assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
     z = _at_least_float32(logits)
     return _masked_sum(z.logsumexp(-1) - z.gather(-1, targets[..., None]).squeeze(-1), mask)
 
@@ -245,6 +246,7 @@ def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, 
 
     arXiv 2404.05868; open-unlearning's NPO. Tends to gradient ascent as beta -> 0.
     """
+    _check(mask, logits, ref_logits)
     gap = nll(logits, targets, mask) - nll(ref_logits.detach(), targets, mask)
     return -(2 / beta) * F.logsigmoid(beta * gap)
 

@@ -51,7 +51,9 @@ def claim(text: str, where: str = "ours", verdict: str = "holds"):
 
 
 def tried() -> list[Claim]:
-    return [c for c in CLAIMS.values() if c.examples or c.failed]
+    """Claims whose test has run, those of dipo.py first."""
+    found = [c for c in CLAIMS.values() if c.examples or c.failed]
+    return sorted(found, key=lambda c: c.file != "test_dipo.py")
 
 
 def verdict(c: Claim) -> str:

@@ -7,8 +7,12 @@ import claims
 import hypothesis
 import pytest
 import torch
+from hypothesis import Phase
 
 hypothesis.settings.register_profile("suite", deadline=None, print_blob=True, max_examples=100)
+hypothesis.settings.register_profile(
+    "mutation", hypothesis.settings.get_profile("suite"), phases=[Phase.explicit, Phase.generate]
+)
 hypothesis.settings.load_profile("suite")
 
 torch.set_num_threads(1)  # the tensors are tiny, and two threads stall each other where the machine is busy

@@ -187,7 +187,9 @@ def test_everything_is_finite_for_extreme_logits(values, dtype, masked):
     for role in dipo.ROLES:
         loss = dipo.bradley_terry_loss(dipo.dipo_margin(z, z_ref, mask, role)[0])
         assert loss.isfinite().all() and (loss >= 0).all()
-        assert gradient(lambda x, r=role: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, r)[0]), z).isfinite().all()
+        assert (
+            gradient(lambda x, r=role: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, r)[0]), z).isfinite().all()
+        )
 
 
 def test_zero_times_minus_infinity_is_zero():
@@ -232,7 +234,15 @@ def test_memory_vector_keeps_exactly_what_its_rule_says(levels, p, filter):
 
 def test_rank_threshold_counts_tokens_whatever_the_rounding_of_p():
     """0.05 x 60 and 0.1 x 30 are 3 tokens, although the products round below it; 0.05 x 59 are 2; never less than 1."""
-    for V, p, kept in ((60, 0.05, 3), (30, 0.1, 3), (59, 0.05, 2), (100, 0.29, 29), (10, 0.01, 1), (7, 1.0, 7), (39, 0.05, 1)):
+    for V, p, kept in (
+        (60, 0.05, 3),
+        (30, 0.1, 3),
+        (59, 0.05, 2),
+        (100, 0.29, 29),
+        (10, 0.01, 1),
+        (7, 1.0, 7),
+        (39, 0.05, 1),
+    ):
         assert (dipo.memory_vector(torch.arange(V) + 1.0, p, "rank") != 0).sum() == kept
 
 
@@ -250,6 +260,15 @@ def test_the_likeliest_token_is_kept_at_every_position(case, p, filter, center):
     m = dipo.memory_vector(z + 0.123, p, filter, center)
     top = (z + 0.123 - (z + 0.123).mean(-1, keepdim=True) * center).amax(-1)
     assert_close(m.gather(-1, z.argmax(-1, keepdim=True))[..., 0], top)
+
+
+@given(cases(), FRACTIONS, FILTERS, st.booleans(), st.integers(0, 2**31))
+@claim("m_t depends on z_t alone, on no other position or sequence", "the pair")
+def test_memory_vector_of_a_position_depends_on_that_position_alone(case, p, filter, center, seed):
+    z = case[0] * torch.rand(case[1].shape[:2], generator=torch.Generator().manual_seed(seed))[..., None].to(case[0].dtype)
+    m = dipo.memory_vector(z, p, filter, center)
+    for b, t in ((b, t) for b in range(z.shape[0]) for t in range(z.shape[1])):
+        close(m[b, t], dipo.memory_vector(z[b, t], p, filter, center), z)
 
 
 @given(cases(), FRACTIONS, FRACTIONS, FILTERS)
@@ -339,7 +358,9 @@ def test_negative_logits_swap_the_roles_and_are_refused(case, role, pair_from):
 def test_a_few_swapped_positions_are_tolerated_and_more_are_not():
     dipo.check_roles(0, 0)
     dipo.check_roles(5, 100)
-    with pytest.raises(dipo.SwappedRolesError, match="^at 6 of 100 answer positions the high-confidence logits are negative"):
+    with pytest.raises(
+        dipo.SwappedRolesError, match="^at 6 of 100 answer positions the high-confidence logits are negative"
+    ):
         dipo.check_roles(6, 100)
 
 
@@ -371,7 +392,9 @@ def test_memory_distribution_is_sharper_than_the_policy(case, filter, p, alpha):
 
 
 @given(cases(), FILTERS, FRACTIONS, st.floats(0.01, 1.0))
-@claim("entropy of pi <= entropy of pi_f", "ours", "holds if alpha <= 1 and no other logit exceeds (1 - alpha) times a kept one")
+@claim(
+    "entropy of pi <= entropy of pi_f", "ours", "holds if alpha <= 1 and no other logit exceeds (1 - alpha) times a kept one"
+)
 def test_forgetting_distribution_is_flatter_than_the_policy(case, filter, p, alpha):
     """The same derivative for -alpha <= s <= 0: z + s m is still ordered like m if the kept logits stay on top."""
     z = case[0].abs()
@@ -550,7 +573,9 @@ def ordered_above_the_crossing(z, m, alpha):
 
 
 @settings(max_examples=200)
-@given(st.integers(1, 8), st.floats(0.05, 5.0), st.floats(0.1, 10.0), st.floats(-10, 10), st.floats(0, 1), st.integers(0, 2**31))
+@given(
+    st.integers(1, 8), st.floats(0.05, 5.0), st.floats(0.1, 10.0), st.floats(-10, 10), st.floats(0, 1), st.integers(0, 2**31)
+)
 @claim(
     "a small step down the loss moves away from pi_l and towards pi_w",
     "ours, stronger than Section 4.2",
@@ -617,9 +642,7 @@ def test_a_step_down_the_loss_moves_away_from_pi_l_and_towards_pi_w(case, role, 
         return torch.stack([dipo.sequence_kl(pi, x.log_softmax(-1), mask) for pi in (l, w)])
 
     before = distances(z)
-    away, towards = (
-        (gradient(lambda x, i=i: distances(x)[i], z) * g).sum((-1, -2)) * sign for i, sign in ((0, 1), (1, -1))
-    )
+    away, towards = ((gradient(lambda x, i=i: distances(x)[i], z) * g).sum((-1, -2)) * sign for i, sign in ((0, 1), (1, -1)))
     assert (away >= -1e-12).all() and (towards >= -1e-12).all()
     curvature = ((g.amax(-1) - g.amin(-1)).square() / 4 * mask).sum(-1)
     size = part * 2 * towards.clamp(min=0) / curvature.clamp(min=1e-30)
@@ -805,7 +828,7 @@ def test_half_precision_is_computed_in_float32(case, dtype, role):
 def test_all_of_it_at_a_real_vocabulary(case, filter, role):
     z, z_ref, mask = case
     m = dipo.memory_vector(z + 0.123, filter=filter)
-    rank = (z + 0.123 >= (z + 0.123).sort(-1).values[..., [-6412]])  # 5 % of 128,256
+    rank = z + 0.123 >= (z + 0.123).sort(-1).values[..., [-6412]]  # 5 % of 128,256
     relative = z.softmax(-1) >= 0.05 * z.softmax(-1).amax(-1, keepdim=True)
     expected = {"rank": rank, "relative": relative, "both": rank & relative, "either": rank | relative}[filter]
     assert ((m != 0) != expected).sum() <= 1e-4 * m.numel()  # rounding at the relative threshold
@@ -835,19 +858,30 @@ def test_compiled_equals_eager(case):
 # ------------------------------------------------------------------------------------------------------- wrong arguments
 
 
-def test_wrong_shapes_and_names_are_refused():
+@pytest.mark.parametrize("function", ["sequence_kl", "reward_margin", "reward_margin_from_logits", "dipo_loss", "kl_loss"])
+def test_every_argument_must_have_the_same_shape(function):
     z, mask = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
-    shape, fits = r"^expected equal \[B, T, V\], got \[", r"^mask \(2, 2\) does not fit \[B, T\] of \(2, 3, 5\)$"
+    n = {"sequence_kl": 2, "reward_margin": 4, "reward_margin_from_logits": 4, "dipo_loss": 2, "kl_loss": 2}[function]
+    getattr(dipo, function)(*[z] * n, mask)
+    for wrong in range(n):
+        for other in (z[..., :1], z[:1], z[:, :1], z[0]):  # all of them would broadcast
+            with pytest.raises(AssertionError, match=r"^expected equal \[B, T, V\], got \["):
+                getattr(dipo, function)(*[other if i == wrong else z for i in range(n)], mask)
+    with pytest.raises(AssertionError, match=r"^mask \(2, 1\) does not fit \[B, T\] of \(2, 3, 5\)$"):
+        getattr(dipo, function)(*[z] * n, mask[:, :1])
+    with pytest.raises(AssertionError, match="^mask must be bool, got torch.float32$"):
+        getattr(dipo, function)(*[z] * n, mask.float())
+
+
+def test_wrong_values_and_shapes_are_told():
+    z, mask, targets = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int64)
     bad = [
-        (lambda: dipo.dipo_loss(z, z[:, :2], mask), shape + r"\(2, 3, 5\), \(2, 2, 5\)\]$"),
-        (lambda: dipo.sequence_kl(z[0], z[0], mask), shape),
-        (lambda: dipo.dipo_loss(z, z, mask[:, :2]), fits),
-        (lambda: dipo.nll(z, torch.zeros(2, 3, dtype=torch.int64), mask[:, :2]), fits),
-        (lambda: dipo.kl_loss(z, z[:, :2], mask), shape),
-        (lambda: dipo.reward_margin(z, z, z, z[..., :2], mask), shape),
-        (lambda: dipo.reward_margin_from_logits(z, z, z, z[..., :2], mask), shape),
-        (lambda: dipo.dipo_loss(z, z, mask.float()), "^mask must be bool, got torch.float32$"),
+        (lambda: dipo.dipo_loss(z, z[:, :2], mask), r"got \[\(2, 3, 5\), \(2, 2, 5\)\]$"),
+        (lambda: dipo.nll(z, targets, mask[:, :2]), r"^mask \(2, 2\) does not fit"),
+        (lambda: dipo.nll(z, targets[:, :1], mask), r"^targets \(2, 1\) and mask \(2, 3\) differ$"),
+        (lambda: dipo.npo_loss(z, z[..., :1], targets, mask), r"^expected equal \[B, T, V\], got \["),
         (lambda: dipo.dipo_loss(z, z, mask, "remember"), "^role 'remember' is none of "),
+        (lambda: dipo.npo_loss(z[..., :1], z, targets, mask), r"^expected equal \[B, T, V\], got \["),
         (lambda: dipo.memory_vector(z, filter="all"), "^filter 'all' is none of "),
         (lambda: dipo.memory_vector(z, p=0.0), "0 < p <= 1 expected, got"),
         (lambda: dipo.memory_vector(z, p=1.01), "0 < p <= 1 expected, got"),

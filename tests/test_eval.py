@@ -74,6 +74,11 @@ def test_a_model_destroyed_by_gradient_ascent_still_has_finite_numbers(correct, 
         assert 0 <= number <= 1
 
 
+@pytest.mark.parametrize("gap, ratio", [(699.0, math.exp(699)), (700.0, math.exp(700)), (1e9, math.exp(700)), (-1e9, 0.0)])
+def test_a_truth_ratio_ends_at_e_to_the_700(gap, ratio):
+    assert eval.truth_ratio(max(gap, 0.0), [max(-gap, 0.0)]) == ratio
+
+
 @given(st.lists(st.floats(1e-3, 1) | st.just(0.0), min_size=9, max_size=9))
 @claim("model utility = harmonic mean of its nine parts", "TOFU")
 def test_model_utility_is_the_harmonic_mean_of_its_nine_parts(values):

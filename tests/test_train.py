@@ -91,6 +91,7 @@ LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "non
 
 
 @pytest.mark.parametrize("losses", LOSSES, ids="+".join)
+@claim("micro-batches, their order and their padding change no gradient, for every pair of losses")
 def test_micro_batches_and_their_order_change_no_gradient(tiny, losses):
     whole, metrics = gradients(tiny, losses, 7)
     assert whole.norm() > 0
