@@ -67,6 +67,10 @@ def as_text() -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def write_markdown(path: Path) -> None:
     """Replace what stands between START and END in `path`. Raises ValueError where they are missing."""
     text = path.read_text(encoding="utf-8")
@@ -74,6 +78,6 @@ def write_markdown(path: Path) -> None:
         raise ValueError(f"{path}: the lines {START!r} and {END!r} are missing")
     lines = ["| claim | where | property | examples | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in tried():
-        lines.append(f"| {c.text} | {c.where} | [`{c.test}`](tests/{c.file}) | {c.examples} | {verdict(c)} |")
+        lines.append(f"| {escaped(c.text)} | {c.where} | [`{c.test}`](tests/{c.file}) | {c.examples} | {verdict(c)} |")
     before, after = text.split(START)[0], text.split(END)[1]
     path.write_text(before + "\n".join([START, *lines, END]) + after, encoding="utf-8")

@@ -129,14 +129,15 @@ def survives(source: str) -> bool:
 
 
 def main() -> int:
-    unnoticed = {f"{function}: {line}": (function, line) in equivalent_mutants() for function, line in run_mutmut()}
+    known = equivalent_mutants()
+    unnoticed = {f"{function}: {line}": (function, line) in known for function, line in run_mutmut()}
     source = (ROOT / "dipo.py").read_text(encoding="utf-8")
     assert survives(source), "the tests fail on dipo.py as it is"
     wrong = misreadings(source)
     with ThreadPoolExecutor(2) as pool:
         for what, alive in zip(wrong, tqdm(pool.map(survives, wrong.values()), "misreadings", len(wrong)), strict=True):
             if alive:
-                unnoticed[what] = False
+                unnoticed[what] = ("reward_margin", what) in known
     print(f"\n{len(wrong)} misreadings tried besides mutmut's mutants; not noticed by any test:")
     for what, equivalent in unnoticed.items():
         print(f"  {what}  ({'equivalent, see the README' if equivalent else 'NOT KNOWN TO BE EQUIVALENT'})")

@@ -661,6 +661,10 @@ def test_arbitrary_pairs_may_have_the_wrong_direction():
         away, towards = slopes(z, m, 1.0)
         return away.item() < -0.01, towards.item() < -0.01
 
+    generator = torch.Generator().manual_seed(0)
+    pi, w, l = (2 * torch.randn(3, 10_000, 10, generator=generator)).softmax(-1)  # noqa: E741
+    fails = (((pi - l) * (w - l)).sum(-1) < 0) | (((w - pi) * (w - l)).sum(-1) < 0)
+    assert 0.14 < fails.double().mean() < 0.19
     assert wrong([5, 2, 0], [5, 6, 0]) == (True, False)  # a step towards w comes nearer to l
     assert wrong([5, 2, 0], [1, 0, 6]) == (False, True)  # a step towards w goes farther from w
     pi, w, l = (torch.tensor(x) for x in ([0.8, 0.2], [0.1, 0.9], [0.5, 0.5]))  # noqa: E741  (l between pi and w)
