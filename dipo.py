@@ -145,7 +145,6 @@ def reward_margin(
 
     u > 0: compared with the reference, the policy has come closer to pi_w than to pi_l.
     """
-    _check(mask, log_probs, ref_log_probs, preferred_log_probs, dispreferred_log_probs)
     pi_w, pi_l = preferred_log_probs.detach(), dispreferred_log_probs.detach()
     policy = sequence_kl(pi_l, log_probs, mask) - sequence_kl(pi_w, log_probs, mask)
     reference = sequence_kl(pi_l, ref_log_probs.detach(), mask) - sequence_kl(pi_w, ref_log_probs.detach(), mask)

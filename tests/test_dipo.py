@@ -500,6 +500,26 @@ def test_margin_is_the_difference_of_expected_token_rewards(case, beta, seed):
     assert_close(without_c, r_w - (c * mask).sum(-1), rtol=1e-9, atol=1e-9)
 
 
+@given(MODERATE, ROLES, FILTERS, st.integers(0, 9))
+@claim("constants added to z_t and z_ref,t change nothing, the pair held fixed or made from centred logits", "Eq. 14")
+def test_margin_ignores_what_softmax_ignores_but_the_raw_pair_does_not(case, role, filter, seed):
+    """The construction m = z on the kept tokens does see them, raw: the example is a policy that means the same."""
+    z, z_ref, mask = case
+    z = z.float().double()
+    c, d = torch.randint(-50, 50, (2, *mask.shape, 1), generator=torch.Generator().manual_seed(seed)).double()
+    w, l = any_pair(z, seed)  # noqa: E741
+    u = dipo.reward_margin(*log_softmax(z, z_ref), w, l, mask)
+    assert_close(dipo.reward_margin(*log_softmax(z + c, z_ref + d), w, l, mask), u, rtol=1e-9, atol=1e-9)
+    dot = dipo.reward_margin_from_logits(z + c, z_ref + d, w.exp(), l.exp(), mask)
+    assert_close(dot, u, rtol=1e-9, atol=1e-9)
+    centred = [
+        dipo.dipo_margin(x, y, mask, role, filter=filter, center=True)[0] for x, y in ((z, z_ref), (z + c, z_ref + d))
+    ]
+    assert_close(*centred, rtol=1e-9, atol=1e-9)
+    z, z_ref = torch.tensor([[[3.0, 1.0, 0.0]], [[0.0, 2.0, 0.0]]])[:, None]
+    assert (dipo.dipo_margin(z, z_ref, ANY_MASK)[0] - dipo.dipo_margin(z + 5, z_ref, ANY_MASK)[0]).abs() > 0.01
+
+
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 

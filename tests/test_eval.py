@@ -60,6 +60,7 @@ def test_normalised_probability_is_the_right_options_share(correct, wrong):
 @claim("truth ratios are averaged as min(r, 1/r) on forget, max(0, 1 - r) elsewhere", "TOFU")
 def test_truth_ratios_are_averaged_on_the_scale_of_their_set(ratios):
     assert eval.utility_truth_ratio(ratios) == pytest.approx(statistics.fmean([1 - r if r < 1 else 0.0 for r in ratios]))
+    assert eval.forget_truth_ratio([0.0]) == 0 and eval.utility_truth_ratio([0.0]) == 1
     assert eval.forget_truth_ratio(ratios) == pytest.approx(statistics.fmean([r if r < 1 else 1 / r for r in ratios]))
 
 
