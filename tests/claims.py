@@ -4,14 +4,14 @@
     @claim("u = 0 and L = log 2 at the reference", "Eq. 14")
     def test_...
 
-`python -m pytest --claims README.md` writes the same table between the two `claims` comments of a Markdown file.
+`python -m pytest --claims=README.md` writes the same table between the two `claims` comments of a Markdown file.
 """
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-START, END = "<!-- claims: pytest --claims README.md -->", "<!-- end of claims -->"
+START, END = "<!-- claims: pytest --claims=README.md -->", "<!-- end of claims -->"
 
 
 @dataclass

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 def test_the_readme_shows_every_claim_with_its_verdict():
-    """Of the test files that this run has imported; if this fails: pytest --claims README.md."""
+    """Of the test files that this run has imported; if this fails: pytest --claims=README.md."""
     readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
     table = readme.split(claims.START)[1].split(claims.END)[0]
     for c in claims.CLAIMS.values():
