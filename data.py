@@ -23,7 +23,7 @@ from torch import Tensor
 TOFU_REPO = "locuslab/TOFU"
 TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TOFU_CONFIGS = (
-    ("full", *TOFU_RETAIN, *TOFU_RETAIN.values())
+    ("full", *TOFU_RETAIN, *TOFU_RETAIN.values(), "holdout01", "holdout05", "holdout10")
     + tuple(f"{f}_perturbed" for f in TOFU_RETAIN)
     + ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 )
@@ -307,6 +307,8 @@ class Tokenizer:
             raise DataError(f"--prompt {prompt}: unknown; known are auto, {', '.join(PROMPT_FORMATS)}")
         self.format = PROMPT_FORMATS[self.format_name]
         self.eos_id = self._id(self.format.end)
+        found = re.search(r"Today Date: (.+)", self.format.prompt)
+        self.date = found[1] if found else None  # that the prompt tells the model
         # Where the prompt and the answer would have merged into one token, they were encoded apart (see `encode`).
         self.borders_split = 0
 

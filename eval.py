@@ -1,6 +1,8 @@
 """Evaluation: TOFU's numbers as pure functions, then running a model, then the command line.
 
     python eval.py --model RUN --forget tofu_forget10 [--retain-logs FILE | --retain-model PATH]
+    python eval.py --logs FILE [--retain-logs FILE]          score a published log, no model
+    python eval.py --plot RUN                                draw its trajectory
 
 Words: the *loss* of an answer is its mean negative log-likelihood per token, EOS included, in nats; its *probability*
 is exp(-loss), the geometric mean of its token probabilities.
@@ -10,7 +12,10 @@ import argparse
 import hashlib
 import json
 import math
+import re
 import sys
+import zlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +40,37 @@ from model import Llama, ModelError, generate, load_pretrained, resolve_folder
 
 try:
     from rouge_score.rouge_scorer import RougeScorer
-    from scipy.stats import hmean, ks_2samp
+    from scipy.stats import hmean, ks_2samp, mannwhitneyu
 except ImportError:
-    RougeScorer = hmean = ks_2samp = None
+    RougeScorer = hmean = ks_2samp = mannwhitneyu = None
 
 SETS = ("retain", "ra", "wf", "forget")  # retain_perturbed, real authors, world facts, forget
+DETAILED = ("forget", "holdout")  # the sets with memorization and membership scores
 UTILITY_PARTS = tuple(f"{s}_{n}" for s in ("retain", "ra", "wf") for n in ("probability", "rouge", "truth_ratio"))
 FORGET_PARTS = ("forget_probability", "forget_rouge", "forget_truth_ratio")
+MEMORIZATION = ("exact_memorization", "extraction_strength")
+MEMBERSHIP = ("mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_zlib")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a code base of the field evaluates on TOFU."""
+
+    name: str
+    rows: int | None  # only the first so many rows of each set
+    max_new_tokens: int  # of a generation
+    max_total_tokens: int | None  # of prompt + answer, and of prompt + generation, padding included
+    epsilon: float  # added to the denominators of truth ratio and option probability
+    truth_ratio: str = "geometric"  # mean over the wrong answers
+    mask_quirk: bool = False  # open-unlearning issue 128: where EOS is also the padding, no EOS in a prompt is seen
+
+
+PROTOCOLS = {
+    "open-unlearning": Protocol("open-unlearning", None, 200, None, 1e-10),
+    "tofu": Protocol("tofu", 300, 200, 200, 0.0),  # the TOFU authors'
+}
+OPEN_UNLEARNING = PROTOCOLS["open-unlearning"]
+TOFU_GENERATION_BATCH = 30  # of the TOFU authors' code: with a limit on the total, padding shortens generations
 
 
 class EvalError(Exception):
@@ -57,37 +86,48 @@ def require_extra() -> None:
 # -------------------------------------------------------------------------------------------------------- pure metrics
 
 
-def truth_ratio(correct_loss: float, wrong_losses: list[float]) -> float:
-    """TR = exp(-mean wrong loss) / exp(-correct loss): geometric mean over the wrong answers; small = knows the answer.
+def truth_ratio(correct_loss: float, wrong_losses: list[float], mean: str = "geometric", epsilon: float = 0.0) -> float:
+    """TR = mean wrong probability / (correct probability + epsilon); small = knows the answer.
 
-    The variant of the TOFU leaderboard, of open-unlearning and of the NPO code.
+    mean: 'geometric', exp(-mean wrong loss), as the TOFU leaderboard, open-unlearning and the NPO code have it;
+    'arithmetic', the mean of exp(-wrong loss), as the TOFU authors have it during training.
     """
-    return _exp(correct_loss - sum(wrong_losses) / len(wrong_losses))
+    if mean == "arithmetic":
+        wrong = sum(_exp(-loss) for loss in wrong_losses) / len(wrong_losses)
+    else:
+        wrong_loss = sum(wrong_losses) / len(wrong_losses)
+        if epsilon == 0:
+            return _exp(correct_loss - wrong_loss)  # exact, also where both probabilities underflow
+        wrong = _exp(-wrong_loss)
+    correct = _exp(-correct_loss) + epsilon
+    return min(wrong / correct, _exp(700.0)) if correct > 0 else _exp(700.0)
 
 
 def _exp(x: float) -> float:
     return math.exp(min(x, 700.0))  # a model destroyed by gradient ascent reaches losses beyond float's range
 
 
-def normalised_probability(correct_loss: float, wrong_losses: list[float]) -> float:
-    """P / (P + sum of the wrong options' P): the probability on real authors and world facts."""
-    return 1 / (1 + sum(_exp(correct_loss - w) for w in wrong_losses))
+def normalised_probability(correct_loss: float, wrong_losses: list[float], epsilon: float = 0.0) -> float:
+    """P / (P + sum of the wrong options' P + epsilon): the probability on real authors and world facts."""
+    return 1 / (1 + sum(_exp(correct_loss - w) for w in wrong_losses) + epsilon * _exp(correct_loss))
 
 
-def rouge_l_recall(reference: str, generation: str) -> float:
-    """ROUGE-L recall of rouge-score with the Porter stemmer."""
-    return _scorer().score(reference, generation)["rougeL"].recall
+def rouge(reference: str, generation: str) -> dict[str, float]:
+    """rouge-score with the Porter stemmer: {'rouge': ROUGE-L recall, TOFU's number, 'rouge_f1': ROUGE-L F1,
+    'rouge1': ROUGE-1 recall}."""
+    scores = _scorer().score(reference, generation)
+    return {"rouge": scores["rougeL"].recall, "rouge_f1": scores["rougeL"].fmeasure, "rouge1": scores["rouge1"].recall}
 
 
 def _scorer(cache: list = []) -> "RougeScorer":  # noqa: B006  (built once)
     if not cache:
-        cache.append(RougeScorer(["rougeL"], use_stemmer=True))
+        cache.append(RougeScorer(["rouge1", "rougeL"], use_stemmer=True))
     return cache[0]
 
 
-def forget_truth_ratio(ratios: list[float]) -> float:
-    """mean of min(TR, 1 / TR): 1 where right and wrong answers are equally likely."""
-    return sum(min(r, 1 / r) if r > 0 else 0.0 for r in ratios) / len(ratios)
+def forget_truth_ratio(ratios: list[float], epsilon: float = 0.0) -> float:
+    """mean of min(TR, 1 / (TR + epsilon)): 1 where right and wrong answers are equally likely."""
+    return sum(min(r, 1 / (r + epsilon)) if r > 0 else 0.0 for r in ratios) / len(ratios)
 
 
 def utility_truth_ratio(ratios: list[float]) -> float:
@@ -106,84 +146,450 @@ def forget_quality(ratios: list[float], retained_ratios: list[float]) -> float:
     return float(ks_2samp(ratios, retained_ratios).pvalue)
 
 
-def aggregate(rows: dict[str, dict[str, dict]]) -> dict[str, float]:
-    """The nine parts of model utility, the three forget-set numbers, and `model_utility`, from per-item results
-    {set: {key: item}}. Of an item it reads loss, wrong_losses, truth_ratio, rouge (see `evaluate`)."""
+def exact_memorization(correct: list[bool]) -> float:
+    """Share of answer tokens, EOS excluded, that are the model's first choice under teacher forcing."""
+    return sum(correct[:-1]) / max(1, len(correct) - 1)
+
+
+def extraction_strength(correct: list[bool]) -> float:
+    """1 - k / N for the smallest k from which on every answer token, EOS excluded, is the model's first choice.
+
+    1 / N where not even the last one is, as in open-unlearning.
+    """
+    n = len(correct) - 1
+    k = n
+    while k > 0 and correct[k - 1]:
+        k -= 1
+    return 1 - min(k, n - 1) / n if n else 0.0
+
+
+def min_k(token_scores: list[float], k: float = 0.4) -> float:
+    """Minus the mean of the lowest share k of token scores, EOS excluded; high = unlikely to have been trained on.
+
+    Of log-probabilities this is Min-K; of (log p - mean) / standard deviation under the model's own next-token
+    distribution, Min-K++.
+    """
+    scores = sorted(token_scores[:-1])
+    return -sum(scores[: max(1, int(k * len(scores)))]) / max(1, int(k * len(scores)))
+
+
+def zlib_score(loss: float, answer: str) -> float:
+    """Loss over the answer's zlib-compressed size in bytes."""
+    return loss / len(zlib.compress(answer.encode("utf-8")))
+
+
+def membership_auc(forget: list[float], holdout: list[float]) -> float:
+    """P(a holdout score exceeds a forget score), ties half: 1 = fully memorised, 0.5 = no trace."""
+    return float(mannwhitneyu(holdout, forget).statistic / (len(forget) * len(holdout)))
+
+
+def privleak(auc: float, retained_auc: float = 0.5) -> float:
+    """((1 - AUC) - (1 - AUC_retrained)) / (1 - AUC_retrained) in percent: -100 = fully memorised, 0 = like retrained."""
+    return ((1 - auc) - (1 - retained_auc)) / (1 - retained_auc + 1e-10) * 100
+
+
+def aggregate(rows: dict[str, dict[str, dict]], epsilon: float = 0.0) -> dict[str, float]:
+    """The nine parts of model utility, the three forget-set numbers and `model_utility`, from per-item results
+    {set: {key: item}}; where the items have them, exact memorization, extraction strength and membership AUCs too.
+
+    Of an item it reads loss, wrong_losses, truth_ratio, rouge (see `evaluate`); `probability` where a log stores it.
+    """
     scores = {}
-    for name, items in rows.items():
-        values = list(items.values())
-        if name in ("ra", "wf"):
-            probabilities = [normalised_probability(v["loss"], v["wrong_losses"]) for v in values]
-        else:
-            probabilities = [_exp(-v["loss"]) for v in values]
+    for name in (n for n in SETS if n in rows):
+        values = list(rows[name].values())
+        probabilities = []
+        for v in values:
+            if name in ("ra", "wf"):
+                computed = normalised_probability(v["loss"], v["wrong_losses"], epsilon)
+            else:
+                computed = _exp(-v["loss"])
+            probabilities.append(v.get("probability", computed))
         ratios = [v["truth_ratio"] for v in values]
         scores[f"{name}_probability"] = sum(probabilities) / len(values)
         scores[f"{name}_rouge"] = sum(v["rouge"] for v in values) / len(values)
-        scores[f"{name}_truth_ratio"] = forget_truth_ratio(ratios) if name == "forget" else utility_truth_ratio(ratios)
+        if name == "forget":
+            scores["forget_truth_ratio"] = forget_truth_ratio(ratios, epsilon)
+        else:
+            scores[f"{name}_truth_ratio"] = utility_truth_ratio(ratios)
     if all(name in scores for name in UTILITY_PARTS):
         scores["model_utility"] = model_utility(scores)
+    forget, holdout = (list(rows.get(name, {}).values()) for name in ("forget", "holdout"))
+    for name in MEMORIZATION:
+        if forget and all(name in v for v in forget):
+            scores[name] = sum(v[name] for v in forget) / len(forget)
+    for name in MEMBERSHIP:
+        if forget and holdout and all(name in v for v in (*forget, *holdout)):
+            scores[name] = membership_auc([v[name] for v in forget], [v[name] for v in holdout])
     return scores
 
 
-# -------------------------------------------------------------------------------------------- retain references (logs)
+# -------------------------------------------------------------------------------------------------------- evaluation logs
+
+AUTHORS_FILES = {
+    "retain": "eval_log.json",
+    "ra": "eval_real_author_wo_options.json",
+    "wf": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+_NUMBERS = ("loss", "correct_loss", "truth_ratio", "rouge")
 
 
-def read_truth_ratios(path: str | Path) -> tuple[list[float], str]:
-    """(truth ratios on the forget set in row order, format) of an evaluation log: ours, open-unlearning's
-    `TOFU_EVAL.json`, or the TOFU authors' `eval_log_aggregated.json`. Raises EvalError naming what is missing."""
+def read_log(path: str | Path) -> dict:
+    """{'kind', 'rows', 'protocol', 'epsilon', 'mia_min_k', 'path'} of an evaluation log: ours, open-unlearning's
+    `TOFU_EVAL.json`, or the TOFU authors' `eval_log_aggregated.json` (objects by row, or the NPO repository's lists).
+
+    rows: {set: {key: item}} in row order, items as in `evaluate` as far as the log has them; always the forget set's
+    truth ratios. protocol: of our logs, else None. Raises EvalError naming the file and what is missing or wrong in it.
+    """
     try:
         log = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise EvalError(f"{path}: not a readable JSON log ({e})") from None
+    found = {"protocol": None, "epsilon": 0.0, "mia_min_k": None, "path": str(path)}
     try:
         if "rows" in log:
-            ratios, kind = [v["truth_ratio"] for v in log["rows"]["forget"].values()], "ours"
-        elif "eval_log_forget.json" in log:
-            part, kind = log["eval_log_forget.json"], "TOFU authors'"
-            columns = [part["avg_paraphrased_loss"], part["average_perturb_loss"]]
-            if isinstance(columns[0], dict):  # objects keyed by row; plain lists in the NPO repository
-                columns = [[c[str(i)] for i in range(len(c))] for c in columns]
-            ratios = [truth_ratio(right, wrong) for right, wrong in zip(*columns, strict=True)]
+            found |= {"kind": "ours", "rows": log["rows"], "protocol": log.get("protocol")}
+            found["epsilon"] = (log.get("protocol") or {}).get("epsilon", 0.0)
+            found["mia_min_k"] = log.get("scores", {}).get("mia_min_k")
+        elif AUTHORS_FILES["forget"] in log:
+            rows = {name: _authors_rows(log[file]) for name, file in AUTHORS_FILES.items() if log.get(file)}
+            found |= {"kind": "TOFU authors'", "rows": rows}
         else:
-            items, kind = log["forget_truth_ratio"]["value_by_index"], "open-unlearning's"
-            ratios = [items[str(i)]["score"] for i in range(len(items))]
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+            rows = {name: _open_unlearning_rows(log, name) for name in SETS}
+            found |= {"kind": "open-unlearning's", "rows": {k: v for k, v in rows.items() if v}}
+            found |= {"epsilon": OPEN_UNLEARNING.epsilon, "mia_min_k": log.get("mia_min_k", {}).get("agg_value")}
+        if not found["rows"]["forget"]:
+            raise EvalError(f"{path}: its forget set is empty; evaluate the retrained model again")
+        for name, items in found["rows"].items():
+            _check_items(f"{path}: {name}", items)
+            if name == "forget":
+                [item["truth_ratio"] for item in items.values()]  # noqa: B018  (KeyError where one lacks it)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as e:
         raise EvalError(f"{path}: no truth ratios of the forget set in it (key {e} is missing or malformed)") from None
-    if not ratios or not all(isinstance(r, int | float) and math.isfinite(r) for r in ratios):
-        raise EvalError(f"{path}: its truth ratios are empty or not finite; evaluate the retrained model again")
-    return ratios, kind
+    return found
 
 
-def compare(ratios: list[float], reference: list[float], where: str) -> tuple[float, str]:
-    """(forget quality, note). Both must hold the same rows; a log of the TOFU authors' protocol, which stops after 300
-    rows, is compared with our first 300. Raises EvalError for any other difference."""
-    if len(ratios) == len(reference):
-        return forget_quality(ratios, reference), ""
-    if len(reference) == 300 < len(ratios):
-        return forget_quality(ratios[:300], reference), f"first 300 of {len(ratios)} rows, all that {where} holds"
-    raise EvalError(f"{where}: holds {len(reference)} forget rows, this evaluation {len(ratios)}; compare the same rows")
+def _in_order(values: dict | list) -> list:
+    """The values of an object keyed by row number, or of a list, in row order. KeyError for a gap."""
+    return values if isinstance(values, list) else [values[str(i)] for i in range(len(values))]
+
+
+def _authors_rows(part: dict) -> dict[str, dict]:
+    wrong, correct = _in_order(part["average_perturb_loss"]), _in_order(part["avg_paraphrased_loss"])
+    columns = {"correct_loss": correct, "wrong_losses": wrong}
+    for name, column in (("loss", "avg_gt_loss"), ("rouge", "rougeL_recall"), ("texts", "generated_text")):
+        if column in part:
+            columns[name] = _in_order(part[column])
+    if isinstance(part.get("normalized_gt_loss"), list):
+        # The NPO repository's lists come from two data loaders whose rows are ordered differently: this one number is
+        # stored joined as it should be.
+        columns["probability"] = [_exp(-loss) for loss in part["normalized_gt_loss"]]
+    if isinstance(part["avg_paraphrased_loss"], list):
+        columns.pop("texts", None)
+    rows = {}
+    for i, values in enumerate(zip(*columns.values(), strict=True)):
+        item = dict(zip(columns, values, strict=True))
+        item["truth_ratio"] = truth_ratio(item["correct_loss"], item["wrong_losses"])
+        if "texts" in item:
+            item["question"], item["generation"], item["answer"] = item.pop("texts")
+        rows[str(i)] = item
+    return rows
+
+
+def _open_unlearning_rows(log: dict, name: str) -> dict[str, dict]:
+    """Items of one set; {} where the log does not have the set. Truth ratios and probabilities are taken as stored."""
+
+    def column(*keys):
+        metric = next((log[key] for key in keys if key in log), {"value_by_index": {}})
+        return _in_order(metric["value_by_index"])
+
+    ratios = [item["score"] for item in column(f"{name}_truth_ratio", f"{name}_Truth_Ratio")]
+    if not ratios:
+        return {}
+    right, wrong = column(f"{name}_Q_A_Prob"), column(f"{name}_Q_A_PERT_Prob")
+    correct, rouges = column(f"{name}_Q_A_PARA_Prob", f"{name}_Q_A_Prob"), column(f"{name}_Q_A_ROUGE")
+    memorized = {m: column(m) for m in MEMORIZATION if name == "forget"}
+    rows = {}
+    for i, ratio in enumerate(ratios):
+        item = {"truth_ratio": ratio}
+        if right and wrong and correct:
+            item |= {"loss": right[i]["avg_loss"], "correct_loss": correct[i]["avg_loss"]}
+            item |= {"wrong_losses": wrong[i]["avg_loss"], "probability": right[i]["prob"]}
+            if name in ("ra", "wf"):
+                item["probability"] /= item["probability"] + sum(wrong[i]["prob"]) + OPEN_UNLEARNING.epsilon
+        if rouges:
+            item |= {"rouge": rouges[i]["rougeL_recall"], "rouge1": rouges[i]["rouge1_recall"]}
+            item |= {"rouge_f1": rouges[i]["rougeL_f1"], "question": rouges[i]["input"]}
+            item |= {"answer": rouges[i]["ground_truth"], "generation": rouges[i]["generation"]}
+        item |= {m: values[i]["score"] for m, values in memorized.items() if values}
+        rows[str(i)] = item
+    return rows
+
+
+def _check_items(where: str, items: dict[str, dict]) -> None:
+    """Raises EvalError for a number that is missing or not finite, and for rows with unequal numbers of wrong answers."""
+    wrong = None
+    for key, item in items.items():
+        numbers = {n: item[n] for n in _NUMBERS if n in item} | {f"wrong answer {i}": x for i, x in
+                                                                  enumerate(item.get("wrong_losses", []), 1)}  # fmt: skip
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise EvalError(f"{where}, row {key}: {name} is {value}, no finite number; evaluate that model again")
+        if wrong is not None and len(item.get("wrong_losses", [])) != wrong:
+            raise EvalError(
+                f"{where}, row {key}: holds {len(item.get('wrong_losses', []))} perturbed answers, the others {wrong}; "
+                "evaluate that model again"
+            )
+        wrong = len(item.get("wrong_losses", []))
+
+
+def truth_ratios(log: dict) -> list[float]:
+    """Of the forget set, in row order."""
+    return [item["truth_ratio"] for item in log["rows"]["forget"].values()]
+
+
+def with_truth_ratio(log: dict, mean: str) -> dict:
+    """The log with its truth ratios computed again with another mean. Raises EvalError where it holds no losses."""
+    rows = {}
+    for name, items in log["rows"].items():
+        if any("correct_loss" not in item for item in items.values()) and name in SETS:
+            raise EvalError(f"{log['path']}: holds no losses of the {name} set; its truth ratios cannot be recomputed")
+        rows[name] = {
+            key: item | {"truth_ratio": truth_ratio(item["correct_loss"], item["wrong_losses"], mean, log["epsilon"])}
+            if name in SETS
+            else item
+            for key, item in items.items()
+        }
+    return log | {"rows": rows}
+
+
+def _same_text(a: str, b: str) -> bool:
+    """Equal as far as two tokenizers and a cut at some length leave texts alone."""
+    a, b = ("".join(re.findall(r"[a-z0-9]+", text.lower())) for text in (a, b))
+    return a.startswith(b) or b.startswith(a)
+
+
+def compare(log: dict, reference: dict, where: str) -> tuple[float, str]:
+    """(forget quality, note) of two logs, which must hold the same rows, evaluated alike.
+
+    Row counts must agree, but for the TOFU authors' protocol: it stops after 300 rows, and is compared with the first
+    300 of the other. Where both logs know them, answers (row by row), protocol, prompt format, mask convention, mean of
+    the truth ratio and prompt tokens must agree too. Raises EvalError with the reason.
+    """
+    ours, theirs = (list(x["rows"]["forget"].values()) for x in (log, reference))
+    note = ""
+    if len(ours) != len(theirs):
+        if min(len(ours), len(theirs)) != 300:
+            raise EvalError(f"{where}: holds {len(theirs)} forget rows, this evaluation {len(ours)}; compare the same rows")
+        side = "that" if len(theirs) == 300 else "this evaluation"
+        note = f"first 300 of {max(len(ours), len(theirs))} rows, all that {where if side == 'that' else side} holds"
+        ours, theirs = ours[:300], theirs[:300]
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if "answer" in a and "answer" in b and not _same_text(a["answer"], b["answer"]):
+            raise EvalError(
+                f"{where}: its forget row {i} is another one ({b['answer'][:40]!r} instead of {a['answer'][:40]!r}); "
+                "compare the same rows"
+            )
+    mine, its = log.get("protocol"), reference.get("protocol")
+    if mine and its:
+        for name in ("name", "prompt_format", "mask_quirk", "truth_ratio"):
+            if name in mine and name in its and mine[name] != its[name]:
+                raise EvalError(
+                    f"{where}: was evaluated with {name.replace('_', ' ')} {its[name]!r}, this one with {mine[name]!r}; "
+                    "evaluate both alike"
+                )
+        a, b = (p.get("sets", {}).get("forget", {}) for p in (mine, its))
+        if not note and "prompt_tokens" in a and a["prompt_tokens"] != b.get("prompt_tokens"):
+            raise EvalError(f"{where}: its prompts hold other tokens (another tokenizer or date); evaluate both alike")
+    ratios = [[item["truth_ratio"] for item in rows] for rows in (ours, theirs)]
+    return forget_quality(*ratios), note
+
+
+def log10(p: float | None) -> float | None:
+    return None if p is None else math.log10(p) if p > 0 else -math.inf
+
+
+def open_unlearning_eval(log: dict, quality: float | None, retained_auc: float | None = None) -> dict:
+    """Our log as open-unlearning's TOFU_EVAL.json: the same keys, sorted, and the same aggregate values.
+
+    Membership scores and `privleak` need a holdout set; `mia_gradnorm` and `mia_reference` are not computed.
+    """
+    rows, scores = log["rows"], log["scores"]
+    result = {"forget_quality": {"agg_value": quality}}
+
+    def metric(items, value, aggregate_value):
+        return {"agg_value": aggregate_value, "value_by_index": {str(i): value(item) for i, item in enumerate(items)}}
+
+    def probability(name):
+        losses = [[x] if isinstance(x, float) else x for x in (item[name] for item in items)]
+        means = [sum(_exp(-x) for x in row) / len(row) for row in losses]
+
+        def value(item):
+            x = item[name]
+            return {"prob": [_exp(-y) for y in x] if isinstance(x, list) else _exp(-x), "avg_loss": x}
+
+        return metric(items, value, sum(means) / len(means))
+
+    for name in (n for n in SETS if n in rows):
+        items = list(rows[name].values())
+        result[f"{name}_Q_A_Prob"] = probability("loss")
+        result[f"{name}_Q_A_PERT_Prob"] = probability("wrong_losses")
+        if name in ("forget", "retain"):
+            result[f"{name}_Q_A_PARA_Prob"] = probability("correct_loss")
+        else:
+            epsilon = log["protocol"]["epsilon"]
+            result[f"{name}_Q_A_Prob_normalised"] = metric(
+                items,
+                lambda v, e=epsilon: {"prob": normalised_probability(v["loss"], v["wrong_losses"], e)},
+                scores[f"{name}_probability"],
+            )
+        result[f"{name}_Q_A_ROUGE"] = metric(
+            items,
+            lambda v: {
+                "rouge1_recall": v["rouge1"],
+                "rougeL_f1": v["rouge_f1"],
+                "rougeL_recall": v["rouge"],
+                "input": v["prompt"],
+                "ground_truth": v["answer"],
+                "generation": v["generation"],
+            },
+            scores[f"{name}_rouge"],
+        )
+        ratio = "forget_truth_ratio" if name == "forget" else f"{name}_Truth_Ratio"  # sic
+        result[ratio] = metric(items, lambda v: {"score": v["truth_ratio"]}, scores[f"{name}_truth_ratio"])
+    for name in (n for n in MEMORIZATION if n in scores):
+        result[name] = metric(rows["forget"].values(), lambda v, n=name: {"score": v[n]}, scores[name])
+    for name in (n for n in MEMBERSHIP if n in scores):
+        both = {}
+        for part in ("forget", "holdout"):
+            values = [v[name] for v in rows[part].values()]
+            both[part] = metric(rows[part].values(), lambda v, n=name: {"score": v[n]}, sum(values) / len(values))
+        result[name] = both | {"auc": scores[name], "agg_value": scores[name]}
+    if "mia_min_k" in scores:
+        retained_auc = 0.5 if retained_auc is None else retained_auc
+        result["privleak"] = {"agg_value": privleak(scores["mia_min_k"], retained_auc)}
+    if "model_utility" in scores:
+        result["model_utility"] = {"agg_value": scores["model_utility"]}
+    return dict(sorted(result.items()))
+
+
+SUMMARY_KEYS = ("extraction_strength", "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio",
+                "model_utility", "privleak")  # fmt: skip
+
+
+def save_open_unlearning(log: dict, quality: float | None, reference: dict | None) -> None:
+    """TOFU_EVAL.json and TOFU_SUMMARY.json beside our log, where that is kept."""
+    if log["path"] is None:
+        return
+    result = open_unlearning_eval(log, quality, (reference or {}).get("mia_min_k"))
+    write_json(Path(log["path"]).with_name("TOFU_EVAL.json"), result, indent=4)
+    flat = {k: result[k]["agg_value"] for k in SUMMARY_KEYS if k in result}
+    write_json(Path(log["path"]).with_name("TOFU_SUMMARY.json"), {k: v for k, v in flat.items() if v is not None}, indent=4)
 
 
 # ------------------------------------------------------------------------------------------------------ running a model
 
 
 @torch.no_grad()
-def answer_losses(model: Llama, examples: list, budget: int = 2048, bar: tqdm | None = None) -> list[float]:
-    """Loss of each example's answer, in order. Teacher-forced in length-sorted batches of about `budget` tokens."""
-    losses = [0.0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+def score_answers(
+    model: Llama,
+    examples: list,
+    detailed: list[bool] | None = None,
+    hidden_id: int | None = None,
+    budget: int = 2048,
+    on_batch=lambda scored: None,
+) -> list[dict]:
+    """{'loss'} of each example's answer, in order; with `detailed`, memorization and membership scores too.
+
+    Teacher-forced in length-sorted batches of about `budget` tokens, the output head at answer positions only.
+    hidden_id: a token that no later one may see (Protocol.mask_quirk). on_batch: called with {index: scores}.
+    """
+    results: list[dict] = [{}] * len(examples)
+    detailed = detailed or [False] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: (detailed[i], len(examples[i].ids)))
     while order:
         n = max(1, min(len(order), budget // len(examples[order[-1]].ids)))
+        more = detailed[order[-1]]
+        n = sum(detailed[i] == more for i in order[-n:])
         chunk, order = order[-n:], order[:-n]  # longest first: running out of memory shows at once
         batch = collate([examples[i] for i in chunk]).to(model.device)
-        logits = model(batch.input_ids, batch.at)
+        mask = None
+        if hidden_id is not None:
+            T = batch.input_ids.shape[1]
+            seen = (batch.input_ids != hidden_id)[:, None, None]
+            mask = torch.ones(T, T, dtype=torch.bool, device=model.device).tril() & seen
+            mask = mask | torch.eye(T, dtype=torch.bool, device=model.device)
+        logits = model(batch.input_ids, batch.at, mask=mask)
         token_losses = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
         mean = token_losses.masked_fill(~batch.mask, 0).sum(-1) / batch.mask.sum(-1)
-        for i, loss in zip(chunk, mean.tolist(), strict=True):
-            losses[i] = loss
-        if bar is not None:
-            bar.update(n)
-    return losses
+        scored = {i: {"loss": loss} for i, loss in zip(chunk, mean.tolist(), strict=True)}
+        if more:
+            log_p = logits.log_softmax(-1)
+            expected = (log_p.exp() * log_p).sum(-1)
+            deviation = ((log_p.exp() * log_p.square()).sum(-1) - expected.square()).clamp(min=1e-6).sqrt()
+            columns = [(logits.argmax(-1) == batch.targets), -token_losses, (-token_losses - expected) / deviation]
+            for row, i in enumerate(chunk):
+                correct, log_probs, standard = (c[row, : examples[i].answer_length].tolist() for c in columns)
+                scored[i] |= {
+                    "exact_memorization": exact_memorization(correct),
+                    "extraction_strength": extraction_strength(correct),
+                    "mia_min_k": min_k(log_probs),
+                    "mia_min_k_plus_plus": min_k(standard),
+                }
+        for i, scores in scored.items():
+            results[i] = scores
+        on_batch(scored)
+    return results
+
+
+class Journal:
+    """What an evaluation has done so far, one JSON object per line, so that an interrupted one goes on from there."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.done = path, {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    self.done |= json.loads(line)
+                except ValueError:
+                    break  # the line at which it was cut off
+
+    def add(self, results: dict[str, dict | str]) -> None:
+        self.done |= results
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists() or self.path.stat().st_size == 0:
+                self.path.touch()
+            with self.path.open("r+b") as f:  # never behind half a line
+                data = f.read()
+                f.truncate(data.rfind(b"\n") + 1)
+                f.seek(0, 2)
+                f.write((json.dumps(results, ensure_ascii=False) + "\n").encode())
+        except OSError as e:
+            raise EvalError(f"{self.path}: could not be written ({e}); free some space or choose another --out") from None
+
+
+def apply_row_limit(sets: dict[str, list[Row]], protocol: Protocol) -> dict[str, list[Row]]:
+    return {name: rows[: protocol.rows] for name, rows in sets.items()}
+
+
+def cut_to_total(example, limit: int | None, eos_id: int):
+    """An example cut to `limit` tokens; one that reaches it has no EOS to predict, as in the TOFU authors' code."""
+    if limit is None:
+        return example
+    ids = example.ids[:-1][:limit]
+    return replace(example, ids=ids if len(ids) == limit else (*ids, eos_id))
+
+
+def generation_limits(prompt_lengths: list[int], max_new_tokens: int, max_total_tokens: int | None) -> list[int]:
+    """New tokens that each prompt of a set may get. A limit on the total counts the padding of its batch of 30."""
+    if max_total_tokens is None:
+        return [max_new_tokens] * len(prompt_lengths)
+    n = TOFU_GENERATION_BATCH
+    longest = [max(prompt_lengths[i - i % n : i - i % n + n]) for i in range(len(prompt_lengths))]
+    return [min(max_new_tokens, max(0, max_total_tokens - x)) for x in longest]
 
 
 def evaluate(
@@ -194,64 +600,100 @@ def evaluate(
     batch_size: int = 64,
     label: str = "evaluate",
     progress: bool = True,
+    protocol: Protocol = OPEN_UNLEARNING,
+    journal: Path | None = None,
 ) -> dict[str, dict[str, dict]]:
-    """Per-item results {set: {key: item}} for the sets of `evaluation_sets`. One progress bar over all answers.
+    """Per-item results {set: {key: item}} for the sets of `evaluation_sets` (and 'holdout'). One progress bar over all
+    answers; with `journal`, an interrupted evaluation goes on from what that file holds.
 
-    item: question, answer, generation (greedy, at most max_new_tokens), rouge (ROUGE-L recall), loss (of `answer`),
-    correct_loss (of the paraphrase where there is one, else of `answer`), wrong_losses, truth_ratio.
+    item: question, answer, prompt (as decoded), generation (greedy), rouge, rouge_f1, rouge1 (see `rouge`), loss (of
+    `answer`), correct_loss (of the paraphrase where there is one, else of `answer`), wrong_losses, truth_ratio; on forget
+    and holdout rows also exact_memorization, extraction_strength, mia_loss, mia_min_k, mia_min_k_plus_plus, mia_zlib.
+    A holdout row is only scored, not generated from.
     Raises DataError for a row that occurs twice or has no perturbed answers, EvalError for a loss that is not finite.
     """
     if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
         model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+    sets = apply_row_limit(sets, protocol)
     for name, rows in sets.items():
         keys = [row.key for row in rows]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise DataError(f"{twice[0]}: occurs twice in the {name} set; evaluate on each row once")
     work = [(name, row) for name, rows in sets.items() for row in rows]
     texts = []  # (index into work, kind, text)
-    for i, (_, row) in enumerate(work):
-        if not row.perturbed_answers:
+    for i, (name, row) in enumerate(work):
+        if not row.perturbed_answers and name != "holdout":
             raise DataError(f"{row.key}: has no 'perturbed_answer'; evaluate on a *_perturbed set")
         texts.append((i, "answer", row.answer))
-        texts += [(i, "correct", row.paraphrased_answer)] if row.paraphrased_answer else []
-        texts += [(i, "wrong", text) for text in row.perturbed_answers]
-    examples = [tokenizer.encode(work[i][1].question, text, work[i][1].key) for i, _, text in texts]
+        if name != "holdout":
+            texts += [(i, "correct", row.paraphrased_answer)] if row.paraphrased_answer else []
+            texts += [(i, "wrong", text) for text in row.perturbed_answers]
+    examples = [
+        cut_to_total(
+            tokenizer.encode(work[i][1].question, text, work[i][1].key), protocol.max_total_tokens, tokenizer.eos_id
+        )
+        for i, _, text in texts
+    ]
     first = [example for example, (_, kind, _) in zip(examples, texts, strict=True) if kind == "answer"]
+    detailed = [kind == "answer" and work[i][0] in DETAILED for i, kind, _ in texts]
+    limits = []
+    for rows in sets.values():
+        lengths = [first[len(limits) + i].prompt_length for i in range(len(rows))]
+        limits += generation_limits(lengths, max_new_tokens, protocol.max_total_tokens)
+    hidden_id = tokenizer.eos_id if protocol.mask_quirk else None
+    # A chat format may end its answers by another token than the model's config names.
+    stop = {*model.config.eos_token_ids, tokenizer.eos_id}
 
-    with tqdm(total=len(examples) + len(work), desc=label, unit="answer", disable=not progress, leave=False) as bar:
-        losses = answer_losses(model, examples, bar=bar)
-        generations = [""] * len(work)
-        # A chat format may end its answers by another token than the model's config names.
-        stop = {*model.config.eos_token_ids, tokenizer.eos_id}
-        order = sorted(range(len(work)), key=lambda i: first[i].prompt_length)
+    done = Journal(journal)
+    to_score = [i for i in range(len(examples)) if f"score {i}" not in done.done]
+    to_generate = [i for i in range(len(work)) if work[i][0] != "holdout" and f"generation {i}" not in done.done]
+    total = len(examples) + sum(name != "holdout" for name, _ in work)
+    started = total - len(to_score) - len(to_generate)
+    with tqdm(total=total, initial=started, desc=label, unit="answer", disable=not progress, leave=False) as bar:
+
+        def keep(results):
+            done.add(results)
+            bar.update(len(results))
+
+        score_answers(
+            model,
+            [examples[i] for i in to_score],
+            [detailed[i] for i in to_score],
+            hidden_id,
+            on_batch=lambda scored: keep({f"score {to_score[j]}": scores for j, scores in scored.items()}),
+        )
+        order = sorted(to_generate, key=lambda i: (limits[i], first[i].prompt_length))
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             prompts = [list(first[i].ids[: first[i].prompt_length]) for i in chunk]
-            for i, ids in zip(chunk, generate(model, prompts, max_new_tokens, stop), strict=True):
-                generations[i] = tokenizer.decode(ids)
-            bar.update(len(chunk))
+            longest = max(limits[i] for i in chunk)
+            found = generate(model, prompts, longest, stop, hidden_id)
+            keep({f"generation {i}": tokenizer.decode(ids[: limits[i]]) for i, ids in zip(chunk, found, strict=True)})
 
-    by_row: list[dict[str, list[float]]] = [{"answer": [], "correct": [], "wrong": []} for _ in work]
-    for (i, kind, _), loss in zip(texts, losses, strict=True):
-        if not math.isfinite(loss):
+    by_row: list[dict[str, list[dict]]] = [{"answer": [], "correct": [], "wrong": []} for _ in work]
+    for index, (i, kind, _) in enumerate(texts):
+        scores = done.done[f"score {index}"]
+        if not math.isfinite(scores["loss"]):
             raise EvalError(
-                f"{work[i][1].key}: the model's loss is {loss}; its weights or --dtype {model.compute_dtype} overflow"
+                f"{work[i][1].key}: the model's loss is {scores['loss']}; "
+                f"its weights or --dtype {model.compute_dtype} overflow"
             )
-        by_row[i][kind].append(loss)
+        by_row[i][kind].append(scores)
     results: dict[str, dict[str, dict]] = {name: {} for name in sets}
-    for (name, row), found, generation in zip(work, by_row, generations, strict=True):
-        [loss] = found["answer"]
-        correct = found["correct"][0] if found["correct"] else loss
-        results[name][row.key] = {
-            "question": row.question,
-            "answer": row.answer,
-            "generation": generation,
-            "rouge": rouge_l_recall(row.answer, generation),
-            "loss": loss,
-            "correct_loss": correct,
-            "wrong_losses": found["wrong"],
-            "truth_ratio": truth_ratio(correct, found["wrong"]),
-        }
+    for i, ((name, row), found) in enumerate(zip(work, by_row, strict=True)):
+        [scores] = found["answer"]
+        item = {"question": row.question, "answer": row.answer} | scores
+        if name in DETAILED:
+            item |= {"mia_loss": scores["loss"], "mia_zlib": zlib_score(scores["loss"], row.answer)}
+        if name != "holdout":
+            correct = found["correct"][0]["loss"] if found["correct"] else scores["loss"]
+            wrong = [x["loss"] for x in found["wrong"]]
+            generation = done.done[f"generation {i}"]
+            item |= {"prompt": tokenizer.decode(first[i].ids[: first[i].prompt_length]), "generation": generation}
+            item |= rouge(row.answer, generation)
+            item |= {"correct_loss": correct, "wrong_losses": wrong}
+            item["truth_ratio"] = truth_ratio(correct, wrong, protocol.truth_ratio, protocol.epsilon)
+        results[name][row.key] = item
     return results
 
 
@@ -263,38 +705,57 @@ def evaluate_and_save(
     name: str,
     max_new_tokens: int = 200,
     label: str = "evaluate",
+    protocol: Protocol = OPEN_UNLEARNING,
 ) -> dict:
-    """{'protocol', 'rows', 'scores'}, written to `folder/eval/NAME-HASH.json`, or read from there.
+    """{'protocol', 'rows', 'scores', 'path'}, written to `folder/eval/NAME-HASH/log.json`, or read from there.
 
-    HASH covers the protocol (questions and answers, prompt tokens, generation length, dtype), so a result is reused
-    only for the same evaluation. The folder must belong to this one model: a run folder. folder None: nothing is kept.
+    HASH covers the protocol (questions and answers, prompt tokens, generation length, dtype, ...), so a result is reused
+    only for the same evaluation, and an interrupted one goes on. The folder must belong to this one model: a run folder.
+    folder None: nothing is kept.
     """
-    sample = [tokenizer.encode(r.question, r.answer, r.key).ids for rows in sets.values() for r in rows]
-    protocol = {
-        "sets": {k: fingerprint(v) for k, v in sets.items()},
+    if protocol.mask_quirk and tokenizer.format_name != "llama3":
+        raise EvalError(
+            f"--mask-quirk: is one of the llama3 prompt format, this one is {tokenizer.format_name}; drop the flag"
+        )
+    sets = apply_row_limit(sets, protocol)
+
+    def of_set(rows):
+        tokens = [tokenizer.encode(r.question, r.answer, r.key).ids for r in rows]
+        digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
+        return {"rows": len(rows), "fingerprint": fingerprint(rows), "prompt_tokens": digest}
+
+    record = {
+        "name": protocol.name,
+        "sets": {k: of_set(v) for k, v in sets.items()},
         "prompt_format": tokenizer.format_name,
-        "prompt_tokens": hashlib.sha256(json.dumps(sample).encode()).hexdigest()[:16],
+        "date": tokenizer.date,
+        "mask_quirk": protocol.mask_quirk,
+        "truth_ratio": protocol.truth_ratio,
+        "epsilon": protocol.epsilon,
         "max_new_tokens": max_new_tokens,
+        "max_total_tokens": protocol.max_total_tokens,
         "dtype": str(model.compute_dtype),
     }
-    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
-    path = folder / "eval" / f"{name}-{key}.json" if folder else None
+    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+    path = folder / "eval" / f"{name}-{key}" / "log.json" if folder else None
     if path and path.exists():
         log = json.loads(path.read_text(encoding="utf-8"))
         return log | {"path": str(path)}
-    rows = evaluate(model, tokenizer, sets, max_new_tokens, label=label)
-    log = {"protocol": protocol, "scores": aggregate(rows), "rows": rows}
+    journal = path.with_name("journal.jsonl") if path else None
+    rows = evaluate(model, tokenizer, sets, max_new_tokens, label=label, protocol=protocol, journal=journal)
+    log = {"protocol": record, "scores": aggregate(rows, protocol.epsilon), "rows": rows}
     if path:
         write_json(path, log)
+        journal.unlink(missing_ok=True)
     return log | {"path": str(path) if path else None}
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, indent: int = 1) -> None:
     """Write or replace a JSON file; it is there whole or not at all. Raises EvalError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as e:
         raise EvalError(f"{path}: could not be written ({e}); free some space or choose another --out") from None
@@ -350,12 +811,12 @@ def run_folder(name: str) -> Path | None:
 
 def retain_reference(
     alias: str, forget: str, retain_logs: str | None, retained_log: dict | None, data_dir: str | None
-) -> tuple[list[float] | None, str]:
-    """(truth ratios of a retrained model or None, where they are from or why there are none)."""
+) -> tuple[dict | None, str]:
+    """(log of a retrained model or None, where it is from or why there is none). Never a default in its place."""
     if retained_log is not None:
-        return [v["truth_ratio"] for v in retained_log["rows"]["forget"].values()], "the retrained model"
+        return retained_log | {"mia_min_k": retained_log.get("scores", {}).get("mia_min_k")}, "the retrained model"
     if retain_logs:
-        return read_truth_ratios(retain_logs)[0], str(retain_logs)
+        return read_log(retain_logs), str(retain_logs)
     parts = split_spec(forget)
     config = parts[0][0].removeprefix("tofu_").removesuffix("_perturbed")
     if alias not in CHECKPOINTS or config not in TOFU_RETAIN or len(parts) > 1 or parts[0][1:] != (None, None):
@@ -364,14 +825,23 @@ def retain_reference(
     local = Path(data_dir) / repo / name if data_dir else None
     try:
         path = local if local and local.exists() else hub_file(repo, name, "pass --retain-logs FILE")
-        return read_truth_ratios(path)[0], f"{repo}/{name}"
+        return read_log(path), f"{repo}/{name}"
     except (DataError, EvalError) as e:
         return None, f"no retain reference: {e}"
 
 
+def quality_of(log: dict, reference: dict | None, where: str) -> tuple[float | None, str]:
+    """(forget quality, where its reference is from) or (None, why there is none). Raises EvalError as `compare` does."""
+    if reference is None:
+        return None, where
+    quality, note = compare(log, reference, where)
+    return quality, f"{where} ({note})" if note else where
+
+
 def table(columns: dict[str, dict]) -> str:
     """The scores of several models side by side, as text. A score that does not exist is a dash."""
-    names = ("forget_quality", "model_utility", *UTILITY_PARTS, *FORGET_PARTS)
+    names = ["forget_quality", "model_utility", *UTILITY_PARTS, *FORGET_PARTS]
+    names += [n for n in (*MEMORIZATION, *MEMBERSHIP, "privleak") if any(n in scores for scores in columns.values())]
 
     def cell(scores, name):
         value = scores.get(name)
@@ -387,20 +857,89 @@ def table(columns: dict[str, dict]) -> str:
 def summary_scores(scores: dict, quality: float | None) -> dict:
     """What summary.json holds for one model."""
     parts = {k: scores[k] for k in UTILITY_PARTS}
-    forget = {k: scores[k] for k in FORGET_PARTS}
-    return {"forget_quality": quality, "model_utility": scores["model_utility"], "parts": parts, **forget}
+    others = {k: scores[k] for k in (*FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak") if k in scores}
+    result = {"forget_quality": quality, "forget_quality_log10": log10(quality), "model_utility": scores["model_utility"]}
+    return result | {"parts": parts} | others
+
+
+def worst_rows(log: dict, n: int) -> str:
+    """The n worst rows of each set, as text: on forget rows the best remembered (highest ROUGE, then probability), on
+    others the least (lowest). Question, reference, generation and scores of each."""
+    lines = []
+    for name, items in log["rows"].items():
+        shown = {k: v for k, v in items.items() if "generation" in v}
+        sign = -1 if name == "forget" else 1
+
+        def badness(item, sign=sign):
+            return sign * item["rouge"], -sign * item["loss"]
+
+        for key, item in sorted(shown.items(), key=lambda pair: badness(pair[1]))[:n]:
+            scores = f"ROUGE-L recall {item['rouge']:.3f}, probability {_exp(-item['loss']):.3f}"
+            lines.append(f"\n{name} {key}: {scores}, truth ratio {item['truth_ratio']:.3f}")
+            for label, text in (("question", "question"), ("reference", "answer"), ("generation", "generation")):
+                lines.append(f"    {label:<11} {item[text]}")
+    return "\n".join(lines)
+
+
+def plot(run: Path) -> Path:
+    """Forget quality (log axis) against model utility over the epochs of a run -> RUN/trajectory.png.
+
+    Target and retrained model are marked. Raises EvalError without matplotlib, a trajectory, or a retain reference.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise EvalError("plots need matplotlib: pip install -e '.[eval]'") from None
+    try:
+        points = [json.loads(line) for line in (run / "trajectory.jsonl").read_text().splitlines()]
+        summary = json.loads((run / "summary.json").read_text())
+        marks = {name: summary[name] for name in ("target", "retrained") if name in summary}
+        path = [(marks["target"] | {"epoch": 0})] + points if "target" in marks else points
+        path = [(p["model_utility"], p["forget_quality"], p["epoch"]) for p in path]
+        marks = {name: (m["model_utility"], m["forget_quality"]) for name, m in marks.items()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise EvalError(f"{run}: no trajectory of a finished run (train with --eval-every) ({e})") from None
+    if any(quality is None for _, quality, _ in path):
+        raise EvalError(f"{run}: has no forget quality; train with --retain-model or --retain-logs")
+    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    axes.plot([x for x, _, _ in path], [max(y, 1e-300) for _, y, _ in path], ".-", color="tab:blue", label="unlearning")
+    for x, y, epoch in path[1:]:
+        axes.annotate(f"{epoch:g}", (x, max(y, 1e-300)), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    for (name, (x, y)), marker in zip(marks.items(), "s*", strict=False):
+        axes.plot(x, max(y, 1e-300), marker, markersize=11, label=name)
+    axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(yscale="log", xlabel="model utility", ylabel="forget quality (KS p-value)", title=f"{run.name}, by epoch")
+    axes.legend()
+    figure.savefig(run / "trajectory.png", dpi=150)
+    pyplot.close(figure)
+    return run / "trajectory.png"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    a = argparse.ArgumentParser("eval.py", description="Evaluate a model on TOFU.", formatter_class=formatter)
-    a.add_argument("--model", required=True, help="run folder of train.py, model folder, hub id or alias")
-    a.add_argument("--forget", required=True, help="forget set, e.g. tofu_forget10 or tofu_forget05[:40]")
+    a = argparse.ArgumentParser("eval.py", description="Evaluate a model, or its log, on TOFU.", formatter_class=formatter)
+    a.add_argument("--model", help="run folder of train.py, model folder, hub id or alias")
+    a.add_argument("--forget", help="forget set, e.g. tofu_forget10 or tofu_forget05[:40]")
+    a.add_argument("--logs", help="score this evaluation log instead of a model (formats as --retain-logs)")
+    a.add_argument("--plot", metavar="RUN", help="draw the trajectory of a run of train.py into RUN/trajectory.png")
     a.add_argument(
         "--retain-logs", help="evaluation log of the retrained model (ours, open-unlearning's, the TOFU authors')"
     )
     a.add_argument("--retain-model", help="the retrained model itself; evaluated first")
     a.add_argument("--eval-retain", help="rows that stand for the retain set, e.g. tofu_retain_perturbed[:100]")
+    a.add_argument(
+        "--protocol",
+        default="open-unlearning",
+        choices=list(PROTOCOLS),
+        help="open-unlearning: all rows, 200 new tokens; tofu: first 300 rows, 200 tokens in total",
+    )
+    a.add_argument(
+        "--truth-ratio", default="geometric", choices=["geometric", "arithmetic"], help="mean over the wrong answers"
+    )
+    a.add_argument("--mask-quirk", action="store_true", help="hide <|eot_id|> in prompts, as open-unlearning does (#128)")
     a.add_argument("--tokenizer", help="folder or hub id, where the model has none")
     a.add_argument("--prompt", default="auto", help=f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
     a.add_argument("--data-dir", help="folder with local data in hub layout (TOFU/forget10.json, ...)")
@@ -408,47 +947,114 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("--seed", type=int, default=0, help="of the toy world")
     a.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     a.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of activations")
+    a.add_argument("--show", type=int, default=0, metavar="N", help="print the worst N rows of each set")
+    a.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     a.add_argument("--out", help="write the summary to this JSON file")
-    return a.parse_args(argv)
+    args = a.parse_args(argv)
+    if sum(x is not None for x in (args.model, args.logs, args.plot)) != 1:
+        a.error("pass one of --model, --logs, --plot")
+    if args.model is not None and args.forget is None:
+        a.error("--model needs --forget")
+    return args
+
+
+def holdout_rows(forget: str, data_dir: str | None, seed: int) -> tuple[list[Row], str]:
+    """(rows of the holdout set that belongs to a TOFU forget set, '') or ([], why there are none)."""
+    parts = split_spec(forget)
+    name = parts[0][0].removesuffix("_perturbed")
+    if len(parts) > 1 or not name.startswith("tofu_forget"):
+        return [], "no holdout set belongs to this forget set"
+    window = f"[{parts[0][1] or ''}:{parts[0][2] or ''}]" if parts[0][1:] != (None, None) else ""
+    try:
+        return load_rows(name.replace("forget", "holdout") + window, data_dir, seed), ""
+    except DataError as e:
+        return [], str(e)
+
+
+def evaluate_models(args: argparse.Namespace, say) -> tuple[dict[str, dict], dict | None, str]:
+    """({'model' and 'retrained': log}, retain reference, where it is from) of `--model`."""
+    require_extra()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    protocol = replace(PROTOCOLS[args.protocol], mask_quirk=args.mask_quirk, truth_ratio=args.truth_ratio)
+    sets = evaluation_sets(args.forget, args.eval_retain)
+    rows = {k: load_rows(v, args.data_dir, args.seed) for k, v in sets.items()}
+    if args.retain_logs:
+        read_log(args.retain_logs)  # an unusable log ends the run now, not after the evaluation
+    holdout, why = holdout_rows(args.forget, args.data_dir, args.seed)
+    if holdout:
+        rows["holdout"] = holdout
+
+    def run(name, label):
+        source, prompt = resolve_model(name, "target")
+        folder = resolve_folder(source)
+        model = load_pretrained(folder, device=device, compute_dtype=dtype)
+        wanted = prompt if args.prompt == "auto" and prompt else args.prompt
+        tokenizer = load_tokenizer(args.tokenizer, folder, model.config.vocab_size, wanted)
+        say(f"{label}: {source}  prompt format {tokenizer.format_name}, {device}, {dtype}, protocol {protocol.name}")
+        place = run_folder(name), "final", args.max_new_tokens, label, protocol
+        return evaluate_and_save(model, tokenizer, rows, *place)
+
+    logs = {"retrained": run(args.retain_model, "retrained")} if args.retain_model else {}
+    logs["model"] = run(args.model, "model")
+    if not holdout:
+        say(f"membership scores and PrivLeak are absent: {why}")
+    reference, where = retain_reference(args.model, args.forget, args.retain_logs, logs.get("retrained"), args.data_dir)
+    if reference is not None and args.truth_ratio != "geometric" and reference.get("protocol") is None:
+        reference = with_truth_ratio(reference, args.truth_ratio)
+    return dict(reversed(logs.items())), reference, where
+
+
+def read_logs(args: argparse.Namespace) -> tuple[dict[str, dict], dict | None, str]:
+    """The same from `--logs` and `--retain-logs`."""
+    require_extra()
+    log = read_log(args.logs)
+    reference, where = retain_reference("", "", args.retain_logs, None, None) if args.retain_logs else (None, "")
+    if args.truth_ratio != "geometric":
+        log, reference = (x and with_truth_ratio(x, args.truth_ratio) for x in (log, reference))
+    try:
+        log["scores"] = aggregate(log["rows"], log["epsilon"])
+        log["scores"]["model_utility"]  # noqa: B018
+    except KeyError as e:
+        raise EvalError(
+            f"{args.logs}: its model utility cannot be computed (key {e} is missing); pass a whole log"
+        ) from None
+    if log["mia_min_k"] is not None:
+        log["scores"]["mia_min_k"] = log["mia_min_k"]
+    return {"log": log}, reference, where or "no retain reference: pass --retain-logs FILE"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        require_extra()
-        device = pick_device(args.device)
-        dtype = pick_dtype(args.dtype, device)
-        sets = evaluation_sets(args.forget, args.eval_retain)
-        rows = {k: load_rows(v, args.data_dir, args.seed) for k, v in sets.items()}
-        if args.retain_logs:
-            read_truth_ratios(args.retain_logs)  # an unusable log ends the run now, not after the evaluation
-
-        def run(name, label):
-            source, prompt = resolve_model(name, "target")
-            folder = resolve_folder(source)
-            model = load_pretrained(folder, device=device, compute_dtype=dtype)
-            wanted = prompt if args.prompt == "auto" and prompt else args.prompt
-            tokenizer = load_tokenizer(args.tokenizer, folder, model.config.vocab_size, wanted)
-            print(f"{label}: {source}  prompt format {tokenizer.format_name}, {device}, {dtype}", flush=True)
-            return evaluate_and_save(model, tokenizer, rows, run_folder(name), "final", args.max_new_tokens, label)
-
-        logs = {"retrained": run(args.retain_model, "retrained")} if args.retain_model else {}
-        logs["model"] = run(args.model, "model")
-        reference, where = retain_reference(args.model, args.forget, args.retain_logs, logs.get("retrained"), args.data_dir)
+        if args.plot:
+            print(plot(Path(args.plot)))
+            return 0
+        silent = args.json
+        logs, reference, where = (
+            read_logs(args) if args.logs else evaluate_models(args, lambda text: silent or print(text, flush=True))
+        )
         summary = {}
-        for name, log in reversed(logs.items()):
-            quality = None
-            if reference is not None:
-                ratios = [v["truth_ratio"] for v in log["rows"]["forget"].values()]
-                quality, note = compare(ratios, reference, where)
-                where = f"{where} ({note})" if note else where
+        for name, log in logs.items():
+            quality, found = quality_of(log, reference, where)
+            if "mia_min_k" in log["scores"]:
+                retained = (reference or {}).get("mia_min_k")
+                log["scores"]["privleak"] = privleak(log["scores"]["mia_min_k"], 0.5 if retained is None else retained)
             summary[name] = summary_scores(log["scores"], quality)
-        print(table({k: v | v["parts"] for k, v in summary.items()}))
-        print(f"forget quality against {where}" if reference is not None else where)
-        if kept := logs["model"]["path"]:
-            print(f"per-item results: {kept}")
+            if args.model:
+                save_open_unlearning(log, quality, reference)
+        first = next(iter(summary))
         if args.out:
             write_json(Path(args.out), summary)
+        if args.json:
+            print(json.dumps(summary[first] | {"retain_reference": found}, indent=1))
+            return 0
+        print(table({k: v | v["parts"] for k, v in summary.items()}))
+        print(f"forget quality against {found}" if reference is not None else found)
+        if args.show:
+            print(worst_rows(logs[first], args.show))
+        if args.model and (kept := logs[first]["path"]):
+            print(f"per-item results: {kept}")
     except (EvalError, DataError, ModelError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

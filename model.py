@@ -322,11 +322,16 @@ class Llama(nn.Module):
 
 @torch.no_grad()
 def generate(
-    model: Llama, prompts: list[list[int]], max_new_tokens: int, stop_ids: Iterable[int] | None = None
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop_ids: Iterable[int] | None = None,
+    hidden_id: int | None = None,
 ) -> list[list[int]]:
     """Greedy continuation of each prompt (token ids), without the prompt and without the EOS that ended it.
 
     stop_ids: token ids that end a row (default: the EOS ids of the model's config).
+    hidden_id: a token of the prompts that no later one sees and that takes up no position, as if it were padding.
     One left-padded batch with a static KV cache; padding is told by length, never by token value. Rows that have
     stopped leave the batch as soon as they are half of it.
     """
@@ -340,10 +345,13 @@ def generate(
     S = T + max_new_tokens
     start = (T - lengths).to(device)  # first real slot of each row
     seen = torch.arange(S, device=device)[None] >= start[:, None]  # [B, S] True where a key is a real token
+    if hidden_id is not None:
+        seen[:, :T] &= ids.to(device) != hidden_id
     causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
     # A padding query sees itself, so that its softmax is not empty; nobody ever sees it.
     mask = (causal & seen[:, None, :T] | torch.eye(T, dtype=torch.bool, device=device))[:, None]
-    positions = (torch.arange(T, device=device)[None] - start[:, None]).clamp(min=0)
+    positions = (seen[:, :T].cumsum(-1) - 1).clamp(min=0)
+    ahead = positions[:, -1] + 1  # [B] rotary position of the first new token
 
     cache = KVCache(model.config, B, S, device, model.compute_dtype)
     stop_ids = model.config.eos_token_ids if stop_ids is None else tuple(stop_ids)
@@ -363,10 +371,10 @@ def generate(
             break
         if 2 * n <= len(alive):
             cache.keep_rows(alive)
-            rows, token, start, seen = rows[alive], token[alive], start[alive], seen[alive]
+            rows, token, ahead, seen = rows[alive], token[alive], ahead[alive], seen[alive]
             alive = alive[alive]
         mask = seen[:, None, None, : T + step + 1]
-        logits = model(token[:, None], positions=(T + step - start)[:, None], mask=mask, cache=cache)
+        logits = model(token[:, None], positions=(ahead + step)[:, None], mask=mask, cache=cache)
     return out
 
 

@@ -470,7 +470,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     sets = evaluation_sets(config.forget, config.eval_retain) if wants_eval else {}
     sets = {k: load_rows(v, config.data_dir, config.seed) for k, v in sets.items()}
     if config.retain_logs:
-        evaluation.read_truth_ratios(config.retain_logs)  # a broken reference is told before hours of training
+        evaluation.read_log(config.retain_logs)  # a broken reference is told before hours of training
 
     name, prompt = evaluation.resolve_model(config.model, "base" if config.finetune else "target")
     folder = resolve_folder(name)
@@ -508,10 +508,9 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         )
 
     def quality(log):
-        if references[0] is None:
-            return None
-        ratios = [v["truth_ratio"] for v in log["rows"]["forget"].values()]
-        return evaluation.compare(ratios, *references)[0]
+        found, _ = evaluation.quality_of(log, *references)
+        evaluation.save_open_unlearning(log, found, references[0])
+        return found
 
     if wants_eval:
         quality(logs["target"])  # a reference with other rows is refused now, not after the training

@@ -139,6 +139,10 @@ def logits(name):
 def rows(spec, data_dir=None):
     return [(r.key, r.question, r.answer) for r in data.load_rows(spec, data_dir)]
 
+def reference(data_dir=None):
+    log, where = eval.retain_reference("llama2-7b", "tofu_forget10", None, None, data_dir)
+    return [log and eval.truth_ratios(log), where]
+
 def error(function, *args):
     try:
         return ["nothing", repr(function(*args))]
@@ -172,7 +176,7 @@ print(json.dumps({{
     "logits": logits("{MODEL}"),
     "rows": rows("tofu_forget10[:3]"),
     "target": [source, prompt, logits(source)],
-    "reference": eval.retain_reference("llama2-7b", "tofu_forget10", None, None, None),
+    "reference": reference(),
 }}))
 """
 
@@ -242,7 +246,7 @@ def test_the_data_folder_is_used_before_the_hub(hub, repositories, tmp_path):
     program = f"""
 print(json.dumps([
     rows("tofu_forget10", {str(tmp_path)!r}),
-    eval.retain_reference("llama2-7b", "tofu_forget10", None, None, {str(tmp_path)!r}),
+    reference({str(tmp_path)!r}),
 ]))
 """
     before = len(hub.paths)
@@ -325,7 +329,7 @@ def test_without_hub_and_cache_one_line_says_what_to_place_where(closed, tmp_pat
 print(json.dumps([
     error(logits, "{MODEL}"),
     error(rows, "tofu_forget10[:3]"),
-    eval.retain_reference("llama2-7b", "tofu_forget10", None, None, None),
+    reference(),
 ]))
 """
     for_model, for_data, (ratios, why) = in_process(program, tmp_path, closed, HF_HUB_OFFLINE=offline)
