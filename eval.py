@@ -116,7 +116,8 @@ def rouge(reference: str, generation: str) -> dict[str, float]:
     """rouge-score with the Porter stemmer: {'rouge': ROUGE-L recall, TOFU's number, 'rouge_f1': ROUGE-L F1,
     'rouge1': ROUGE-1 recall}."""
     scores = _scorer().score(reference, generation)
-    return {"rouge": scores["rougeL"].recall, "rouge_f1": scores["rougeL"].fmeasure, "rouge1": scores["rouge1"].recall}
+    found = {"rouge": scores["rougeL"].recall, "rouge_f1": scores["rougeL"].fmeasure, "rouge1": scores["rouge1"].recall}
+    return {name: float(value) for name, value in found.items()}  # rouge-score has the integer 0 for no match
 
 
 def _scorer(cache: list = []) -> "RougeScorer":  # noqa: B006  (built once)
@@ -908,9 +909,11 @@ def plot(run: Path) -> Path:
     axes.plot([x for x, _, _ in path], [max(y, 1e-300) for _, y, _ in path], ".-", color="tab:blue", label="unlearning")
     for x, y, epoch in path[1:]:
         axes.annotate(f"{epoch:g}", (x, max(y, 1e-300)), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    for (name, (x, y)), marker in zip(marks.items(), "s*", strict=False):
-        axes.plot(x, max(y, 1e-300), marker, markersize=11, label=name)
+    for name, (x, y) in marks.items():
+        look = {"target": ("s", "tab:red"), "retrained": ("*", "tab:green")}[name]
+        axes.plot(x, max(y, 1e-300), look[0], color=look[1], markersize=11, label=name)
     axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    axes.set_xlim(left=0)
     axes.set(yscale="log", xlabel="model utility", ylabel="forget quality (KS p-value)", title=f"{run.name}, by epoch")
     axes.legend()
     figure.savefig(run / "trajectory.png", dpi=150)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -122,7 +123,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
-    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24},
+    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
 }
 TOY_FINETUNE = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "micro_batch_size": 32, "warmup_epochs": 2.0}
 
@@ -340,6 +341,7 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
     if config.eval_every and on_epoch:
         count = int(config.epochs / config.eval_every + 1e-9)
         evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
+        evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
     optimizer = make_optimizer(model, config)
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
@@ -541,6 +543,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         summary["retain_reference"] = reference_note
         report(summary, {k: logs[k] for k in order})
     evaluation.write_json(out / "summary.json", summary)
+    if config.eval_every and wants_eval and references[0] is not None and importlib.util.find_spec("matplotlib"):
+        print(f"trajectory: {evaluation.plot(out)}")
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
     return summary

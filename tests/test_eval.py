@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 from fractions import Fraction
 from math import comb
@@ -356,6 +357,70 @@ def test_rouge_of_open_unlearnings_generations_is_the_stored_one(logs, name):
         assert scores == pytest.approx(stored, abs=1e-12)
 
 
+def scored(capsys, *arguments) -> dict:
+    """What `eval.py --logs ... --json` prints."""
+    assert eval.main([*map(str, arguments), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    "log, reference, utility, quality",
+    [
+        ("llama2-7b_full", "llama2-7b_retain90", 0.622677, 1.834066e-21),
+        ("llama2-7b_retain90", "llama2-7b_retain90", 0.613745, 1.0),
+        ("open-unlearning_Llama-3.2-1B_full_forget10", "open-unlearning_Llama-3.2-1B_retain90", 0.599153, 3.905471e-22),
+        ("open-unlearning_Llama-3.2-1B_retain90", "open-unlearning_Llama-3.2-1B_retain90", 0.591125, 1.0),
+    ],
+)
+def test_main_scores_published_logs_without_a_model(logs, capsys, log, reference, utility, quality):
+    found = scored(capsys, "--logs", logs(log), "--retain-logs", logs(reference))
+    assert found["model_utility"] == pytest.approx(utility, abs=5e-7)
+    assert found["forget_quality"] == pytest.approx(quality, rel=5e-7)
+    assert found["forget_quality_log10"] == pytest.approx(math.log10(quality), abs=1e-6)
+    assert set(found["parts"]) == set(eval.UTILITY_PARTS)
+    assert found["model_utility"] == pytest.approx(statistics.harmonic_mean(found["parts"].values()))
+
+
+@pytest.mark.parametrize("name", ["full_forget10", "retain90"])
+def test_open_unlearnings_own_aggregates_are_recomputed_without_error(logs, capsys, name):
+    stored = {k: v["agg_value"] for k, v in json.loads(logs(f"open-unlearning_Llama-3.2-1B_{name}").read_text()).items()}
+    found = scored(capsys, "--logs", logs(f"open-unlearning_Llama-3.2-1B_{name}"),
+                   "--retain-logs", logs("open-unlearning_Llama-3.2-1B_retain90"))  # fmt: skip
+    for part in ("retain", "ra", "wf"):
+        probability = f"{part}_Q_A_Prob" if part == "retain" else f"{part}_Q_A_Prob_normalised"
+        expected = [stored[probability], stored[f"{part}_Q_A_ROUGE"], stored[f"{part}_Truth_Ratio"]]
+        parts = [found["parts"][f"{part}_{n}"] for n in ("probability", "rouge", "truth_ratio")]
+        assert parts == pytest.approx(expected, abs=1e-14)
+    assert found["forget_truth_ratio"] == pytest.approx(stored["forget_truth_ratio"], abs=1e-14)
+    assert found["exact_memorization"] == pytest.approx(stored["exact_memorization"], abs=1e-14)
+    assert found["extraction_strength"] == pytest.approx(stored["extraction_strength"], abs=1e-14)
+    if name == "full_forget10":
+        assert found["forget_quality"] == pytest.approx(stored["forget_quality"], rel=1e-12)
+        assert found["privleak"] == pytest.approx(stored["privleak"], rel=1e-12)
+
+
+def test_the_arithmetic_truth_ratio_lowers_the_utility_of_the_authors_log_as_published(logs, capsys):
+    log = logs("llama2-7b_full")
+    assert scored(capsys, "--logs", log)["model_utility"] == pytest.approx(0.6227, abs=5e-5)
+    assert scored(capsys, "--logs", log, "--truth-ratio", "arithmetic")["model_utility"] == pytest.approx(0.5859, abs=5e-5)
+
+
+def test_without_a_retain_reference_a_log_has_no_forget_quality(logs, capsys):
+    found = scored(capsys, "--logs", logs("llama2-7b_full"))
+    assert found["forget_quality"] is None and found["forget_quality_log10"] is None
+    assert "--retain-logs FILE" in found["retain_reference"]
+
+
+def test_two_pipelines_measure_the_same(logs, capsys):
+    """The authors' and open-unlearning's logs of one model hold the same rows: their answers are compared one by one."""
+    found = scored(
+        capsys, "--logs", logs("open-unlearning_Llama-3.2-1B_retain90"), "--retain-logs", logs("llama2-7b_retain90")
+    )
+    assert "first 300 of 400 rows" in found["retain_reference"] and found["forget_quality"] > 1e-9
+
+
 # -------------------------------------------------------------------------------------------------------- reading logs
 
 
@@ -476,6 +541,93 @@ def test_equal_row_counts_are_compared_as_they_are(pair):
 def test_other_row_counts_are_refused(ours, reference):
     message = error_of(eval.compare, as_log([0.5] * ours), as_log([0.5] * reference), "the log")
     assert "the log" in message and str(ours) in message and str(reference) in message
+
+
+PROTOCOL = {"name": "open-unlearning", "prompt_format": "llama3", "mask_quirk": False, "truth_ratio": "geometric",
+            "sets": {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": "t"}}}  # fmt: skip
+
+
+def protocol_log(answers=("one", "two"), tokens="t", **changes) -> dict:
+    rows = {str(i): {"truth_ratio": 0.5 + i / 10, "answer": a} for i, a in enumerate(answers)}
+    sets = {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": tokens}}
+    return {"rows": {"forget": rows}, "protocol": PROTOCOL | {"sets": sets} | changes}
+
+
+def test_logs_that_were_evaluated_alike_are_compared():
+    assert eval.compare(protocol_log(), protocol_log(), "the log") == (1.0, "")
+    assert eval.compare(protocol_log(), protocol_log() | {"protocol": None}, "the log") == (1.0, "")
+    assert eval.compare(protocol_log(("One.", "two ")), protocol_log(("one", "TWO")), "the log")[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    "other, told",
+    [
+        (protocol_log(name="tofu"), "name 'tofu'"),
+        (protocol_log(prompt_format="plain"), "prompt format 'plain'"),
+        (protocol_log(mask_quirk=True), "mask quirk True"),
+        (protocol_log(truth_ratio="arithmetic"), "truth ratio 'arithmetic'"),
+        (protocol_log(tokens="u"), "other tokens"),
+        (protocol_log(("one", "three")), "forget row 1 is another one ('three' instead of 'two')"),
+    ],
+    ids=str,
+)
+def test_a_log_of_other_rows_or_another_protocol_is_refused_with_the_reason(other, told):
+    message = error_of(eval.compare, protocol_log(), other, "the log")
+    assert message.startswith("the log: ") and told in message
+    error_of(eval.compare, other, protocol_log(), "the log")
+
+
+def whole_authors_log() -> dict:
+    def part(n):
+        columns = {"avg_gt_loss": 0.5, "avg_paraphrased_loss": 0.7, "average_perturb_loss": [1.0, 2.0], "rougeL_recall": 0.4}
+        return {name: {str(i): value for i in range(n)} for name, value in columns.items()}
+
+    return {part_name: part(3) for part_name in AUTHORS.values()}
+
+
+def changed(log: dict, *keys, value) -> dict:
+    log = json.loads(json.dumps(log))
+    functools.reduce(dict.__getitem__, keys[:-1], log)[keys[-1]] = value
+    return log
+
+
+@pytest.mark.parametrize(
+    "log, told",
+    [
+        (changed(whole_authors_log(), "eval_log.json", "avg_gt_loss", "1", value=math.nan), "retain, row 1: loss is nan"),
+        (changed(whole_authors_log(), "eval_log.json", "rougeL_recall", "2", value=None), "retain, row 2: rouge is None"),
+        (
+            changed(whole_authors_log(), "eval_log_forget.json", "average_perturb_loss", "1", value=[1.0, math.inf]),
+            "forget, row 1: ",
+        ),
+        (
+            changed(whole_authors_log(), "eval_real_author_wo_options.json", "average_perturb_loss", "1", value=[1.0]),
+            "ra, row 1: holds 1 perturbed answers, the others 2",
+        ),
+        (without(whole_authors_log(), "eval_log.json", "rougeL_recall"), "key 'rouge' is missing"),
+        (without(whole_authors_log(), "eval_log.json", "avg_gt_loss"), "key 'loss' is missing"),
+        (without(whole_authors_log(), "eval_real_world_wo_options.json"), "key 'model_utility' is missing"),
+        (open_unlearning_log([0.5, 0.6]), "is missing"),
+        (changed(whole_authors_log(), "eval_log_forget.json", value={}), "eval_log_forget.json"),
+        ({}, "forget_truth_ratio"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_main_refuses_a_log_that_cannot_be_scored_in_one_line(tmp_path, capsys, log, told):
+    path = write_log(tmp_path / "log.json", log)
+    assert eval.main(["--logs", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {path}") and err.count("\n") == 1
+    assert told in err or told == "eval_log_forget.json" or told == "forget_truth_ratio"
+
+
+def test_main_scores_a_log_of_lists_as_it_does_one_of_objects(tmp_path, capsys):
+    """The NPO repository writes lists."""
+    objects = whole_authors_log()
+    lists = {part: {name: list(values.values()) for name, values in columns.items()} for part, columns in objects.items()}
+    paths = [write_log(tmp_path / name, log) for name, log in (("a.json", objects), ("b.json", lists))]
+    found = [scored(capsys, "--logs", path, "--retain-logs", paths[0]) for path in paths]
+    assert found[0] == found[1] and found[0]["forget_quality"] == 1
 
 
 # ----------------------------------------------------------------------------------------------------- running a model
@@ -678,6 +830,95 @@ def test_our_own_log_is_a_retain_reference(tiny, sets, tmp_path, results):
     assert kind == "ours" and ratios == pytest.approx([item["truth_ratio"] for item in results["forget"].values()])
 
 
+@pytest.fixture(scope="session")
+def four_sets() -> dict[str, list[data.Row]]:
+    world = data.toy_world(0)
+    names = {"forget": "forget10_perturbed", "retain": "retain_perturbed", "ra": "real_authors_perturbed",
+             "wf": "world_facts_perturbed"}  # fmt: skip
+    sets = {name: world[config][:3] for name, config in names.items()}
+    holdout = [dataclasses.replace(row, perturbed_answers=(), paraphrased_answer=None) for row in world["retain90"][-3:]]
+    return sets | {"holdout": holdout}
+
+
+def test_what_we_write_in_open_unlearnings_schema_reads_back_to_the_same_numbers(tiny, four_sets, tmp_path):
+    log = eval.evaluate_and_save(tiny.model, tiny.tokenizer, four_sets, tmp_path, "final", 4)
+    eval.save_open_unlearning(log, 0.25, {"mia_min_k": 0.6})
+    ours, theirs = (eval.read_log(Path(log["path"]).with_name(name)) for name in ("log.json", "TOFU_EVAL.json"))
+    assert (ours["kind"], theirs["kind"]) == ("ours", "open-unlearning's")
+    assert eval.truth_ratios(theirs) == eval.truth_ratios(ours)
+    for found in (ours, theirs):
+        scores = eval.aggregate(found["rows"], found["epsilon"])
+        assert scores == pytest.approx({k: log["scores"][k] for k in scores}, rel=1e-12)
+        assert (
+            "model_utility" in scores
+            and "extraction_strength" in scores
+            and found["mia_min_k"] == log["scores"]["mia_min_k"]
+        )
+    assert eval.compare(ours, theirs, "the log") == (1.0, "")
+    summary = json.loads(Path(log["path"]).with_name("TOFU_SUMMARY.json").read_text())
+    assert list(summary) == sorted(summary) and summary["forget_quality"] == 0.25
+    assert summary["privleak"] == eval.privleak(log["scores"]["mia_min_k"], 0.6)
+    assert summary["model_utility"] == log["scores"]["model_utility"]
+
+
+def test_our_open_unlearning_file_has_the_published_ones_keys(logs, tiny, four_sets, tmp_path):
+    """All but mia_gradnorm and mia_reference, item for item."""
+    published = json.loads(logs("open-unlearning_Llama-3.2-1B_full_forget10").read_text())
+    log = eval.evaluate_and_save(tiny.model, tiny.tokenizer, four_sets, tmp_path, "final", 4)
+    ours = eval.open_unlearning_eval(log, 0.25)
+    assert list(ours) == [key for key in published if key not in ("mia_gradnorm", "mia_reference")]
+
+    def shape(value):
+        if isinstance(value, dict) and "0" in value:
+            return {"0": shape(value["0"])}
+        if isinstance(value, dict):
+            return {k: shape(v) for k, v in value.items()}
+        return [shape(value[0])] if isinstance(value, list) else type(value).__name__
+
+    for key, value in ours.items():
+        assert shape(value) == shape(published[key]), key
+
+
+@pytest.mark.parametrize("function, calls", [("collate", 2), ("generate", 1)])
+def test_an_interrupted_evaluation_goes_on_from_what_it_has(tiny, four_sets, tmp_path, monkeypatch, function, calls):
+    whole = eval.evaluate_and_save(tiny.model, tiny.tokenizer, four_sets, tmp_path / "whole", "final", 4)
+    monkeypatch.setattr(eval, "score_answers", functools.partial(eval.score_answers, budget=200))
+    monkeypatch.setattr(eval, "evaluate", functools.partial(eval.evaluate, batch_size=5))
+    real, remaining = getattr(eval, function), iter(range(calls))
+
+    def interrupted(*args):
+        if next(remaining, None) is None:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    def run():
+        return eval.evaluate_and_save(tiny.model, tiny.tokenizer, four_sets, tmp_path / "cut", "final", 4)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval, function, interrupted)
+        run()
+    [journal] = (tmp_path / "cut").glob("eval/*/journal.jsonl")
+    kept = eval.Journal(journal).done
+    assert kept and not list((tmp_path / "cut").glob("eval/*/log.json"))
+    journal.write_bytes(journal.read_bytes() + b'{"score 0": {"lo')  # as a killed process leaves it
+
+    examples, prompts, score, generate = [], [], eval.score_answers, eval.generate
+    monkeypatch.setattr(eval, "score_answers", lambda m, e, *a, **k: examples.extend(e) or score(m, e, *a, **k))
+    monkeypatch.setattr(eval, "generate", lambda m, p, *a: prompts.extend(p) or generate(m, p, *a))
+    again = run()
+    rows = [row for name in four_sets for row in four_sets[name]]
+    answers = sum(1 + bool(row.paraphrased_answer) + len(row.perturbed_answers) for row in rows)
+    assert len(examples) == answers - sum(key.startswith("score") for key in kept)
+    assert len(prompts) == 12 - sum(key.startswith("generation") for key in kept)
+    assert generations_of(again) == generations_of(whole) and not journal.exists()
+    numbers = [values({k: v for k, v in log["rows"].items() if k != "holdout"}) for log in (again, whole)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+
+
+def generations_of(log: dict) -> list[str]:
+    return [item.get("generation") for rows in log["rows"].values() for item in rows.values()]
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new folder" / "summary.json"
     eval.write_json(path, {"text": "Hélène"})
@@ -824,6 +1065,51 @@ def test_main_keeps_the_results_of_a_run_folder_and_reads_them_as_retain_logs(ti
     assert code == 0 and table_of(out)["forget_quality"] == ["1.0000"] and f"forget quality against {log}" in out
     code, out, _ = run_main(capsys, tiny.folder, "--retain-logs", log)
     assert code == 0 and float(table_of(out)["forget_quality"][0]) <= 1 and not (tiny.folder / "eval").exists()
+
+
+def test_main_shows_the_worst_rows_of_each_set(tiny, capsys):
+    code, out, _ = run_main(capsys, tiny.folder, "--show", "2")
+    assert code == 0 and out.count("    question") == out.count("    reference") == out.count("    generation") == 8
+    recalls = [float(x) for x in re.findall(r"^forget .+: ROUGE-L recall ([\d.]+)", out, re.MULTILINE)]
+    assert recalls == sorted(recalls, reverse=True) and len(recalls) == 2
+    recalls = [float(x) for x in re.findall(r"^ra .+: ROUGE-L recall ([\d.]+)", out, re.MULTILINE)]
+    assert recalls == sorted(recalls) and len(recalls) == 2
+
+
+def test_the_best_remembered_forget_row_is_shown_first():
+    def item(rouge, loss):
+        return {"rouge": rouge, "loss": loss, "truth_ratio": 1.0, "question": "q", "answer": "a", "generation": "g"}
+
+    rows = {"a": item(0.2, 1.0), "b": item(0.9, 2.0), "c": item(0.9, 1.0)}
+    assert re.findall(r"forget (.):", eval.worst_rows({"rows": {"forget": rows}}, 2)) == ["c", "b"]
+    assert re.findall(r"retain (.):", eval.worst_rows({"rows": {"retain": rows}}, 3)) == ["a", "b", "c"]
+
+
+def finished_run(folder: Path, quality=1e-5) -> Path:
+    folder.mkdir()
+    points = [{"step": i, "epoch": i, "forget_quality": quality, "model_utility": 0.6 - i / 100} for i in (1, 2)]
+    (folder / "trajectory.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    model = {"forget_quality": 1e-20, "model_utility": 0.6}
+    write_log(folder / "summary.json", {"target": model, "retrained": model | {"forget_quality": 1.0}})
+    return folder
+
+
+def test_main_plots_the_trajectory_of_a_run(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = finished_run(tmp_path / "run")
+    assert eval.main(["--plot", str(run)]) == 0 and capsys.readouterr().out.strip() == str(run / "trajectory.png")
+    assert (run / "trajectory.png").read_bytes().startswith(b"\x89PNG")
+    for folder, told in ((tmp_path, "--eval-every"), (finished_run(tmp_path / "bare", None), "--retain-model")):
+        assert eval.main(["--plot", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {folder}") and told in err and err.count("\n") == 1
+
+
+def test_main_prints_nothing_but_json_when_asked(tiny, other, capsys):
+    code, out, err = run_main(capsys, tiny.folder, "--retain-model", other.folder, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and set(found) >= {"forget_quality", "model_utility", "parts", "retain_reference"}
+    assert found["forget_quality"] <= 1 and found["retain_reference"] == "the retrained model"
 
 
 def test_main_refuses_bad_input_in_one_line(tiny, capsys, tmp_path, evaluations):

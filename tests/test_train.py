@@ -352,6 +352,16 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
     assert json.loads(Path("e.json").read_text())["model"] == summary["unlearned"]
 
 
+def test_the_last_epoch_is_in_the_trajectory_and_the_plot_is_drawn(cli, tiny, short_options):
+    pytest.importorskip("matplotlib")
+    more = [*EVAL, "--eval-every", "1.5", "--retain-model", tiny]
+    assert cli(*SMALL, *more, "--out", "a", evaluate=True)[0] == 0
+    assert [json.loads(line)["epoch"] for line in Path("a/trajectory.jsonl").read_text().splitlines()] == [1.5, 2.0]
+    assert Path("a/trajectory.png").exists()
+    for name in ("log.json", "TOFU_EVAL.json", "TOFU_SUMMARY.json"):
+        assert len(list(Path("a/eval").glob(f"*/{name}"))) >= 2
+
+
 def test_a_reference_with_other_rows_is_refused_before_the_training(cli, short_options):
     Path("log.json").write_text(json.dumps({"rows": {"forget": {str(i): {"truth_ratio": 0.5} for i in range(7)}}}))
     status, message = cli(*SMALL, *EVAL, "--retain-logs", "log.json", "--out", "a", evaluate=True)
