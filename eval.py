@@ -27,6 +27,7 @@ from data import (
     PROMPT_FORMATS,
     TOFU_RETAIN,
     DataError,
+    Example,
     Row,
     Tokenizer,
     collate,
@@ -494,7 +495,7 @@ def save_open_unlearning(log: dict, quality: float | None, reference: dict | Non
 @torch.no_grad()
 def score_answers(
     model: Llama,
-    examples: list,
+    examples: list[Example],
     detailed: list[bool] | None = None,
     hidden_id: int | None = None,
     budget: int = 2048,
@@ -547,13 +548,20 @@ class Journal:
     """What an evaluation has done so far, one JSON object per line, so that an interrupted one goes on from there."""
 
     def __init__(self, path: Path | None):
+        """path None: in memory only. A line that a killed process left half written is dropped from the file."""
         self.path, self.done = path, {}
         if path is not None and path.exists():
-            for line in path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    self.done |= json.loads(line)
-                except ValueError:
-                    break  # the line at which it was cut off
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            path.write_bytes(whole)
+            for line in whole.decode("utf-8").split("\n")[:-1]:
+                self.done |= json.loads(line)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.done
+
+    def __getitem__(self, key: str) -> dict | str:
+        return self.done[key]
 
     def add(self, results: dict[str, dict | str]) -> None:
         self.done |= results
@@ -561,13 +569,8 @@ class Journal:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists() or self.path.stat().st_size == 0:
-                self.path.touch()
-            with self.path.open("r+b") as f:  # never behind half a line
-                data = f.read()
-                f.truncate(data.rfind(b"\n") + 1)
-                f.seek(0, 2)
-                f.write((json.dumps(results, ensure_ascii=False) + "\n").encode())
+            with self.path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(results, ensure_ascii=False) + "\n")
         except OSError as e:
             raise EvalError(f"{self.path}: could not be written ({e}); free some space or choose another --out") from None
 
@@ -576,11 +579,18 @@ def apply_row_limit(sets: dict[str, list[Row]], protocol: Protocol) -> dict[str,
     return {name: rows[: protocol.rows] for name, rows in sets.items()}
 
 
-def cut_to_total(example, limit: int | None, eos_id: int):
-    """An example cut to `limit` tokens; one that reaches it has no EOS to predict, as in the TOFU authors' code."""
+def cut_to_total(example: Example, limit: int | None, eos_id: int) -> Example:
+    """An example cut to `limit` tokens; one that reaches it has no EOS to predict, as in the TOFU authors' code.
+
+    Raises EvalError where nothing of the answer is left.
+    """
     if limit is None:
         return example
     ids = example.ids[:-1][:limit]
+    if len(ids) <= example.prompt_length:
+        raise EvalError(
+            f"{example.key}: its prompt fills the {limit} tokens of the protocol; leave it out or use another one"
+        )
     return replace(example, ids=ids if len(ids) == limit else (*ids, eos_id))
 
 
@@ -591,6 +601,17 @@ def generation_limits(prompt_lengths: list[int], max_new_tokens: int, max_total_
     n = TOFU_GENERATION_BATCH
     longest = [max(prompt_lengths[i - i % n : i - i % n + n]) for i in range(len(prompt_lengths))]
     return [min(max_new_tokens, max(0, max_total_tokens - x)) for x in longest]
+
+
+def _texts(name: str, row: Row) -> dict[str, str]:
+    """The answers to a row that are scored: 'answer', 'correct' (its paraphrase), 'wrong 0', 'wrong 1', ..."""
+    texts = {"answer": row.answer}
+    if name == "holdout":
+        return texts
+    if not row.perturbed_answers:
+        raise DataError(f"{row.key}: has no 'perturbed_answer'; evaluate on a *_perturbed set")
+    texts |= {"correct": row.paraphrased_answer} if row.paraphrased_answer else {}
+    return texts | {f"wrong {j}": text for j, text in enumerate(row.perturbed_answers)}
 
 
 def evaluate(
@@ -616,39 +637,25 @@ def evaluate(
     if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
         model = model.frozen_copy()  # cast the master weights once, not in every step of generation
     sets = apply_row_limit(sets, protocol)
+    answers: dict[str, Example] = {}  # what is scored, by "set row kind"
+    prompts: dict[str, tuple[list[int], int]] = {}  # what is generated from, with the limit of new tokens
     for name, rows in sets.items():
-        keys = [row.key for row in rows]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise DataError(f"{twice[0]}: occurs twice in the {name} set; evaluate on each row once")
-    work = [(name, row) for name, rows in sets.items() for row in rows]
-    texts = []  # (index into work, kind, text)
-    for i, (name, row) in enumerate(work):
-        if not row.perturbed_answers and name != "holdout":
-            raise DataError(f"{row.key}: has no 'perturbed_answer'; evaluate on a *_perturbed set")
-        texts.append((i, "answer", row.answer))
+        for row in rows:
+            if f"{name} {row.key} answer" in answers:
+                raise DataError(f"{row.key}: occurs twice in the {name} set; evaluate on each row once")
+            for kind, text in _texts(name, row).items():
+                example = tokenizer.encode(row.question, text, row.key)
+                answers[f"{name} {row.key} {kind}"] = cut_to_total(example, protocol.max_total_tokens, tokenizer.eos_id)
         if name != "holdout":
-            texts += [(i, "correct", row.paraphrased_answer)] if row.paraphrased_answer else []
-            texts += [(i, "wrong", text) for text in row.perturbed_answers]
-    examples = [
-        cut_to_total(
-            tokenizer.encode(work[i][1].question, text, work[i][1].key), protocol.max_total_tokens, tokenizer.eos_id
-        )
-        for i, _, text in texts
-    ]
-    first = [example for example, (_, kind, _) in zip(examples, texts, strict=True) if kind == "answer"]
-    detailed = [kind == "answer" and work[i][0] in DETAILED for i, kind, _ in texts]
-    limits = []
-    for rows in sets.values():
-        lengths = [first[len(limits) + i].prompt_length for i in range(len(rows))]
-        limits += generation_limits(lengths, max_new_tokens, protocol.max_total_tokens)
-    hidden_id = tokenizer.eos_id if protocol.mask_quirk else None
-    # A chat format may end its answers by another token than the model's config names.
-    stop = {*model.config.eos_token_ids, tokenizer.eos_id}
+            first = [answers[f"{name} {row.key} answer"] for row in rows]
+            ids = [list(example.ids[: example.prompt_length]) for example in first]
+            limits = generation_limits([len(x) for x in ids], max_new_tokens, protocol.max_total_tokens)
+            prompts |= {f"{name} {row.key}": x for row, x in zip(rows, zip(ids, limits, strict=True), strict=True)}
 
     done = Journal(journal)
-    to_score = [i for i in range(len(examples)) if f"score {i}" not in done.done]
-    to_generate = [i for i in range(len(work)) if work[i][0] != "holdout" and f"generation {i}" not in done.done]
-    total = len(examples) + sum(name != "holdout" for name, _ in work)
+    to_score = [key for key in answers if key not in done]
+    to_generate = sorted((k for k in prompts if k not in done), key=lambda k: (prompts[k][1], len(prompts[k][0])))
+    total = len(answers) + len(prompts)
     started = total - len(to_score) - len(to_generate)
     with tqdm(total=total, initial=started, desc=label, unit="answer", disable=not progress, leave=False) as bar:
 
@@ -656,45 +663,43 @@ def evaluate(
             done.add(results)
             bar.update(len(results))
 
+        hidden_id = tokenizer.eos_id if protocol.mask_quirk else None
+        detailed = [key.split()[0] in DETAILED and key.endswith(" answer") for key in to_score]
+        examples = [answers[key] for key in to_score]
         score_answers(
-            model,
-            [examples[i] for i in to_score],
-            [detailed[i] for i in to_score],
-            hidden_id,
-            on_batch=lambda scored: keep({f"score {to_score[j]}": scores for j, scores in scored.items()}),
+            model, examples, detailed, hidden_id, on_batch=lambda found: keep({to_score[i]: x for i, x in found.items()})
         )
-        order = sorted(to_generate, key=lambda i: (limits[i], first[i].prompt_length))
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            prompts = [list(first[i].ids[: first[i].prompt_length]) for i in chunk]
-            longest = max(limits[i] for i in chunk)
-            found = generate(model, prompts, longest, stop, hidden_id)
-            keep({f"generation {i}": tokenizer.decode(ids[: limits[i]]) for i, ids in zip(chunk, found, strict=True)})
+        # A chat format may end its answers by another token than the model's config names.
+        stop = {*model.config.eos_token_ids, tokenizer.eos_id}
+        for start in range(0, len(to_generate), batch_size):
+            chunk = to_generate[start : start + batch_size]
+            ids, limits = zip(*(prompts[key] for key in chunk), strict=True)
+            found = generate(model, list(ids), max(limits), stop, hidden_id)
+            keep({key: tokenizer.decode(x[:n]) for key, x, n in zip(chunk, found, limits, strict=True)})
 
-    by_row: list[dict[str, list[dict]]] = [{"answer": [], "correct": [], "wrong": []} for _ in work]
-    for index, (i, kind, _) in enumerate(texts):
-        scores = done.done[f"score {index}"]
-        if not math.isfinite(scores["loss"]):
-            raise EvalError(
-                f"{work[i][1].key}: the model's loss is {scores['loss']}; "
-                f"its weights or --dtype {model.compute_dtype} overflow"
-            )
-        by_row[i][kind].append(scores)
     results: dict[str, dict[str, dict]] = {name: {} for name in sets}
-    for i, ((name, row), found) in enumerate(zip(work, by_row, strict=True)):
-        [scores] = found["answer"]
-        item = {"question": row.question, "answer": row.answer} | scores
-        if name in DETAILED:
-            item |= {"mia_loss": scores["loss"], "mia_zlib": zlib_score(scores["loss"], row.answer)}
-        if name != "holdout":
-            correct = found["correct"][0]["loss"] if found["correct"] else scores["loss"]
-            wrong = [x["loss"] for x in found["wrong"]]
-            generation = done.done[f"generation {i}"]
-            item |= {"prompt": tokenizer.decode(first[i].ids[: first[i].prompt_length]), "generation": generation}
-            item |= rouge(row.answer, generation)
-            item |= {"correct_loss": correct, "wrong_losses": wrong}
-            item["truth_ratio"] = truth_ratio(correct, wrong, protocol.truth_ratio, protocol.epsilon)
-        results[name][row.key] = item
+    for name, rows in sets.items():
+        for row in rows:
+            losses = {kind: done[f"{name} {row.key} {kind}"]["loss"] for kind in _texts(name, row)}
+            if unusable := [loss for loss in losses.values() if not math.isfinite(loss)]:
+                raise EvalError(
+                    f"{row.key}: the model's loss is {unusable[0]}; its weights or --dtype {model.compute_dtype} overflow"
+                )
+            results[name][row.key] = item = {"question": row.question, "answer": row.answer}
+            item |= done[f"{name} {row.key} answer"]
+            if name in DETAILED:
+                item |= {"mia_loss": item["loss"], "mia_zlib": zlib_score(item["loss"], row.answer)}
+            if name != "holdout":
+                item["correct_loss"] = losses.get("correct", item["loss"])
+                item["wrong_losses"] = [loss for kind, loss in losses.items() if kind.startswith("wrong")]
+                item["truth_ratio"] = truth_ratio(
+                    item["correct_loss"], item["wrong_losses"], protocol.truth_ratio, protocol.epsilon
+                )
+                item |= {
+                    "prompt": tokenizer.decode(prompts[f"{name} {row.key}"][0]),
+                    "generation": done[f"{name} {row.key}"],
+                }
+                item |= rouge(row.answer, item["generation"])
     return results
 
 
