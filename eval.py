@@ -816,14 +816,14 @@ def run_folder(name: str) -> Path | None:
 
 
 def retain_reference(
-    alias: str, forget: str, retain_logs: str | None, retained_log: dict | None, data_dir: str | None
+    alias: str | None, forget: str | None, retain_logs: str | None, retained_log: dict | None, data_dir: str | None
 ) -> tuple[dict | None, str]:
     """(log of a retrained model or None, where it is from or why there is none). Never a default in its place."""
     if retained_log is not None:
         return retained_log | {"mia_min_k": retained_log.get("scores", {}).get("mia_min_k")}, "the retrained model"
     if retain_logs:
         return read_log(retain_logs), str(retain_logs)
-    parts = split_spec(forget)
+    parts = split_spec(forget or "none")
     config = parts[0][0].removeprefix("tofu_").removesuffix("_perturbed")
     if alias not in CHECKPOINTS or config not in TOFU_RETAIN or len(parts) > 1 or parts[0][1:] != (None, None):
         return None, "no retain reference: pass --retain-logs FILE or --retain-model PATH"
@@ -866,6 +866,72 @@ def summary_scores(scores: dict, quality: float | None) -> dict:
     others = {k: scores[k] for k in (*FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak") if k in scores}
     result = {"forget_quality": quality, "forget_quality_log10": log10(quality), "model_utility": scores["model_utility"]}
     return result | {"parts": parts} | others
+
+
+class Tofu:
+    """TOFU's evaluation of one forget set, in the steps that train.py and the command line below take."""
+
+    def __init__(
+        self,
+        forget: str | None,
+        eval_retain: str | None = None,
+        data_dir: str | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 200,
+        protocol: Protocol = OPEN_UNLEARNING,
+        holdout: bool = False,
+    ):
+        """Loads the sets; forget None: none, for logs alone. holdout: also the holdout set, for membership scores, where
+        there is one."""
+        self.forget, self.data_dir, self.max_new_tokens, self.protocol = forget, data_dir, max_new_tokens, protocol
+        names = evaluation_sets(forget, eval_retain) if forget else {}
+        self.sets = {k: load_rows(v, data_dir, seed) for k, v in names.items()}
+        self.no_holdout = ""
+        if holdout:
+            rows, self.no_holdout = holdout_rows(forget, data_dir, seed)
+            self.sets |= {"holdout": rows} if rows else {}
+
+    def data(self) -> dict[str, dict]:
+        """What a run records of the data."""
+        return {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in self.sets.items()}
+
+    def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict:
+        """The log of `evaluate_and_save`."""
+        place = folder, name, self.max_new_tokens, label, self.protocol
+        return evaluate_and_save(model, tokenizer, self.sets, *place)
+
+    def reference(self, alias: str, retain_logs: str | None, retrained: dict | None) -> tuple[dict | None, str]:
+        """As `retain_reference`."""
+        reference, where = retain_reference(alias, self.forget, retain_logs, retrained, self.data_dir)
+        if reference is not None and retrained is None and self.protocol.truth_ratio != "geometric":
+            reference = with_truth_ratio(reference, self.protocol.truth_ratio)
+        return reference, where
+
+    def summary(self, log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
+        """(what summary.json holds of a model, where its reference is from); writes open-unlearning's files too.
+
+        Raises EvalError where log and reference cannot be compared.
+        """
+        quality, where = quality_of(log, reference, where)
+        scores = dict(log["scores"])
+        if "mia_min_k" in scores:
+            retained = (reference or {}).get("mia_min_k")
+            scores["privleak"] = privleak(scores["mia_min_k"], 0.5 if retained is None else retained)
+        if log.get("path") and log.get("protocol"):
+            save_open_unlearning(log, quality, reference)
+        return summary_scores(scores, quality), where
+
+    @staticmethod
+    def headline(summary: dict) -> str:
+        quality = "-" if summary["forget_quality"] is None else f"{summary['forget_quality']:.3g}"
+        return f"forget quality {quality}, model utility {summary['model_utility']:.4f}"
+
+    @staticmethod
+    def report(summaries: dict[str, dict], found: str) -> str:
+        """The table, and where the reference of forget quality is from."""
+        text = table({k: v | v["parts"] for k, v in summaries.items()})
+        has = any(v["forget_quality"] is not None for v in summaries.values())
+        return f"{text}\n{'forget quality against ' if has else 'forget quality is absent: '}{found}"
 
 
 def worst_rows(log: dict, n: int) -> str:
@@ -979,19 +1045,12 @@ def holdout_rows(forget: str, data_dir: str | None, seed: int) -> tuple[list[Row
         return [], str(e)
 
 
-def evaluate_models(args: argparse.Namespace, say) -> tuple[dict[str, dict], dict | None, str]:
-    """({'model' and 'retrained': log}, retain reference, where it is from) of `--model`."""
-    require_extra()
+def evaluate_models(args: argparse.Namespace, benchmark: Tofu, say) -> dict[str, dict]:
+    """{'model', and 'retrained' where --retain-model names it: log}."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    protocol = replace(PROTOCOLS[args.protocol], mask_quirk=args.mask_quirk, truth_ratio=args.truth_ratio)
-    sets = evaluation_sets(args.forget, args.eval_retain)
-    rows = {k: load_rows(v, args.data_dir, args.seed) for k, v in sets.items()}
     if args.retain_logs:
-        read_log(args.retain_logs)  # an unusable log ends the run now, not after the evaluation
-    holdout, why = holdout_rows(args.forget, args.data_dir, args.seed)
-    if holdout:
-        rows["holdout"] = holdout
+        benchmark.reference(args.model, args.retain_logs, None)  # an unusable log ends the run now, not after the work
 
     def run(name, label):
         source, prompt = resolve_model(name, "target")
@@ -999,70 +1058,64 @@ def evaluate_models(args: argparse.Namespace, say) -> tuple[dict[str, dict], dic
         model = load_pretrained(folder, device=device, compute_dtype=dtype)
         wanted = prompt if args.prompt == "auto" and prompt else args.prompt
         tokenizer = load_tokenizer(args.tokenizer, folder, model.config.vocab_size, wanted)
-        say(f"{label}: {source}  prompt format {tokenizer.format_name}, {device}, {dtype}, protocol {protocol.name}")
-        place = run_folder(name), "final", args.max_new_tokens, label, protocol
-        return evaluate_and_save(model, tokenizer, rows, *place)
+        say(f"{label}: {source}  prompt format {tokenizer.format_name}, {device}, {dtype}, protocol {args.protocol}")
+        return benchmark.evaluate(model, tokenizer, run_folder(name), "final", label)
 
-    logs = {"retrained": run(args.retain_model, "retrained")} if args.retain_model else {}
-    logs["model"] = run(args.model, "model")
-    if not holdout:
-        say(f"membership scores and PrivLeak are absent: {why}")
-    reference, where = retain_reference(args.model, args.forget, args.retain_logs, logs.get("retrained"), args.data_dir)
-    if reference is not None and args.truth_ratio != "geometric" and reference.get("protocol") is None:
-        reference = with_truth_ratio(reference, args.truth_ratio)
-    return dict(reversed(logs.items())), reference, where
+    retrained = run(args.retain_model, "retrained") if args.retain_model else None
+    logs = {"model": run(args.model, "model")}
+    return logs | ({"retrained": retrained} if retrained else {})
 
 
-def read_logs(args: argparse.Namespace) -> tuple[dict[str, dict], dict | None, str]:
-    """The same from `--logs` and `--retain-logs`."""
-    require_extra()
-    log = read_log(args.logs)
-    reference, where = retain_reference("", "", args.retain_logs, None, None) if args.retain_logs else (None, "")
-    if args.truth_ratio != "geometric":
-        log, reference = (x and with_truth_ratio(x, args.truth_ratio) for x in (log, reference))
+def read_scored_log(path: str, mean: str) -> dict:
+    """The log at `path` with its scores. Raises EvalError for one that does not hold all four sets."""
+    log = read_log(path)
+    log = log if mean == "geometric" else with_truth_ratio(log, mean)
     try:
-        log["scores"] = aggregate(log["rows"], log["epsilon"])
-        log["scores"]["model_utility"]  # noqa: B018
+        scores = aggregate(log["rows"], log["epsilon"])
+        scores["model_utility"]  # noqa: B018
     except KeyError as e:
-        raise EvalError(
-            f"{args.logs}: its model utility cannot be computed (key {e} is missing); pass a whole log"
-        ) from None
+        raise EvalError(f"{path}: its model utility cannot be computed (key {e} is missing); pass a whole log") from None
     if log["mia_min_k"] is not None:
-        log["scores"]["mia_min_k"] = log["mia_min_k"]
-    return {"log": log}, reference, where or "no retain reference: pass --retain-logs FILE"
+        scores["mia_min_k"] = log["mia_min_k"]
+    return log | {"scores": scores, "path": None}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+
+    def say(text):
+        if not args.json:
+            print(text, flush=True)
+
     try:
         if args.plot:
             print(plot(Path(args.plot)))
             return 0
-        silent = args.json
-        logs, reference, where = (
-            read_logs(args) if args.logs else evaluate_models(args, lambda text: silent or print(text, flush=True))
-        )
-        summary = {}
+        require_extra()
+        protocol = replace(PROTOCOLS[args.protocol], mask_quirk=args.mask_quirk, truth_ratio=args.truth_ratio)
+        if args.logs:
+            benchmark = Tofu(None, protocol=protocol)
+            logs = {"log": read_scored_log(args.logs, args.truth_ratio)}
+        else:
+            options = args.eval_retain, args.data_dir, args.seed, args.max_new_tokens, protocol
+            benchmark = Tofu(args.forget, *options, holdout=True)
+            logs = evaluate_models(args, benchmark, say)
+            if benchmark.no_holdout:
+                say(f"membership scores and PrivLeak are absent: {benchmark.no_holdout}")
+        reference, where = benchmark.reference(args.model, args.retain_logs, logs.get("retrained"))
+        summaries, found = {}, where
         for name, log in logs.items():
-            quality, found = quality_of(log, reference, where)
-            if "mia_min_k" in log["scores"]:
-                retained = (reference or {}).get("mia_min_k")
-                log["scores"]["privleak"] = privleak(log["scores"]["mia_min_k"], 0.5 if retained is None else retained)
-            summary[name] = summary_scores(log["scores"], quality)
-            if args.model:
-                save_open_unlearning(log, quality, reference)
-        first = next(iter(summary))
+            summaries[name], found = benchmark.summary(log, reference, where)
         if args.out:
-            write_json(Path(args.out), summary)
+            write_json(Path(args.out), summaries)
+        [first, *_] = summaries
         if args.json:
-            print(json.dumps(summary[first] | {"retain_reference": found}, indent=1))
-            return 0
-        print(table({k: v | v["parts"] for k, v in summary.items()}))
-        print(f"forget quality against {found}" if reference is not None else found)
+            print(json.dumps(summaries[first] | {"retain_reference": found}, indent=1))
+        say(benchmark.report(summaries, found))
         if args.show:
-            print(worst_rows(logs[first], args.show))
-        if args.model and (kept := logs[first]["path"]):
-            print(f"per-item results: {kept}")
+            say(worst_rows(logs[first], args.show))
+        if logs[first]["path"]:
+            say(f"per-item results: {logs[first]['path']}")
     except (EvalError, DataError, ModelError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -39,7 +39,6 @@ from data import (
     Example,
     complement,
     draw,
-    evaluation_sets,
     fingerprint,
     load_rows,
     micro_batches,
@@ -469,10 +468,12 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         rows = {"forget": load_rows(config.forget, config.data_dir, config.seed)}
         if config.retain_loss != "none":
             rows["retain"] = load_rows(config.retain or complement(config.forget), config.data_dir, config.seed)
-    sets = evaluation_sets(config.forget, config.eval_retain) if wants_eval else {}
-    sets = {k: load_rows(v, config.data_dir, config.seed) for k, v in sets.items()}
-    if config.retain_logs:
-        evaluation.read_log(config.retain_logs)  # a broken reference is told before hours of training
+    benchmark = None
+    if wants_eval:
+        options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens
+        benchmark = evaluation.Tofu(config.forget, *options)
+        if config.retain_logs:
+            benchmark.reference(config.model, config.retain_logs, None)  # a broken one is told before hours of training
 
     name, prompt = evaluation.resolve_model(config.model, "base" if config.finetune else "target")
     folder = resolve_folder(name)
@@ -490,12 +491,13 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     print(f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} rows; {device}, {compute_dtype}", flush=True)
     model = load_pretrained(folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
     if not resume:
-        prepare_out(config, out, data_record(rows | sets), folder, tokenizer.format_name)
+        data = data_record(rows) | ({"evaluation": benchmark.data()} if benchmark else {})
+        prepare_out(config, out, data, folder, tokenizer.format_name)
 
     def score(subject, label, own_folder=None):
         """Evaluate; the per-item log is kept in the model's own run folder where it has one, else in this run's."""
         where = (own_folder, "final") if own_folder else (out, label)
-        return evaluation.evaluate_and_save(subject, tokenizer, sets, *where, config.max_new_tokens, f"evaluate {label}")
+        return benchmark.evaluate(subject, tokenizer, *where, f"evaluate {label}")
 
     logs, references = {}, (None, "")
     if wants_eval:
@@ -505,27 +507,17 @@ def run(config: Config, out: Path, resume: bool) -> dict:
             retrained = load_pretrained(retrained_name, device=device, compute_dtype=compute_dtype)
             logs["retrained"] = score(retrained, "retrained", evaluation.run_folder(retrained_name))
             del retrained
-        references = evaluation.retain_reference(
-            config.model, config.forget, config.retain_logs, logs.get("retrained"), config.data_dir
-        )
-
-    def quality(log):
-        found, _ = evaluation.quality_of(log, *references)
-        evaluation.save_open_unlearning(log, found, references[0])
-        return found
-
-    if wants_eval:
-        quality(logs["target"])  # a reference with other rows is refused now, not after the training
+        references = benchmark.reference(config.model, config.retain_logs, logs.get("retrained"))
+        benchmark.summary(logs["target"], *references)  # other rows are refused now, not after the training
 
     def on_epoch(step, epoch, last):
         log = score(model, "unlearned", out) if last else score(model, f"epoch-{epoch:g}")
-        record = {"step": step, "epoch": epoch} | evaluation.summary_scores(log["scores"], quality(log))
+        record = {"step": step, "epoch": epoch} | benchmark.summary(log, *references)[0]
         path = out / "trajectory.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run may come by here again
         path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
-        fq = "-" if record["forget_quality"] is None else f"{record['forget_quality']:.3g}"
-        tqdm.write(f"epoch {epoch:g}: forget quality {fq}, model utility {record['model_utility']:.4f}")
+        tqdm.write(f"epoch {epoch:g}: {benchmark.headline(record)}")
 
     needs_reference = {config.forget_loss, config.retain_loss} & {"dipo", "npo", "kl"} and not config.finetune
     reference = model.frozen_copy() if needs_reference else None
@@ -537,11 +529,12 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     summary = {"model": str(out / "model")}
     if wants_eval:
         logs["unlearned"] = score(model, "unlearned", out)
-        order = [k for k in ("target", "unlearned", "retrained") if k in logs]
-        summary |= {k: evaluation.summary_scores(logs[k]["scores"], quality(logs[k])) for k in order}
-        reference_note = references[1] if references[0] is not None else f"absent; {references[1]}"
-        summary["retain_reference"] = reference_note
-        report(summary, {k: logs[k] for k in order})
+        logs = {k: logs[k] for k in ("target", "unlearned", "retrained") if k in logs}
+        for k, log in logs.items():
+            summary[k], found = benchmark.summary(log, *references)
+        summary["retain_reference"] = found if references[0] is not None else f"absent; {found}"
+        print(f"\n{benchmark.report({k: summary[k] for k in logs}, found)}")
+        print_samples(logs)
     evaluation.write_json(out / "summary.json", summary)
     if config.eval_every and wants_eval and references[0] is not None and importlib.util.find_spec("matplotlib"):
         print(f"trajectory: {evaluation.plot(out)}")
@@ -550,11 +543,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     return summary
 
 
-def report(summary: dict, logs: dict) -> None:
-    """The table, and three questions with each model's answer."""
-    print()
-    print(evaluation.table({k: summary[k] | summary[k]["parts"] for k in logs}))
-    print(f"forget quality: {summary['retain_reference']}")
+def print_samples(logs: dict[str, dict]) -> None:
+    """Three questions with each model's answer."""
     rows = next(iter(logs.values()))["rows"]["forget"]
     for key in list(rows)[:: max(1, len(rows) // 3)][:3]:
         print(f"\n{rows[key]['question']}")

@@ -320,7 +320,6 @@ def short_options(monkeypatch):
     def short(*arguments):
         return {k: v + "[:3]" if k in ("ra", "wf") else v for k, v in original(*arguments).items()}
 
-    monkeypatch.setattr(train, "evaluation_sets", short)
     monkeypatch.setattr(evaluation, "evaluation_sets", short)
 
 
@@ -332,6 +331,8 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
         assert summary[name]["parts"].keys() == set(evaluation.UTILITY_PARTS)
         assert 0 <= summary[name]["forget_quality"] <= 1 and 0 <= summary[name]["model_utility"] <= 1
     assert summary["retrained"]["forget_quality"] == summary["target"]["forget_quality"] == 1.0
+    recorded = json.loads(Path("a/config.json").read_text())["data"]
+    assert recorded["retain"]["rows"] == 20 and recorded["evaluation"]["retain"]["rows"] != 20  # trained on, evaluated on
     trajectory = [json.loads(line) for line in Path("a/trajectory.jsonl").read_text().splitlines()]
     assert [(r["step"], r["epoch"]) for r in trajectory] == [(2, 1.0), (5, 2.0)]
     assert trajectory[-1]["model_utility"] == summary["unlearned"]["model_utility"]
