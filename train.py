@@ -90,7 +90,10 @@ class Config:
     epochs: float = option(10.0, "passes over the forget (or finetuning) set")
     batch_size: int = option(32, "effective batch, forget sequences per step (and as many retain sequences)")
     micro_batch_size: int = option(8, "sequences per forward pass; changes memory and speed only")
-    warmup_epochs: float = option(1.0, "linear warm-up, epochs; linear decay to zero follows")
+    warmup_epochs: float = option(1.0, "linear warm-up, epochs")
+    schedule: str = option(
+        "linear", "learning rate after the warm-up: linear decay to zero, or constant", ("linear", "constant")
+    )
     weight_decay: float = option(0.01, "decoupled weight decay of matrices")
     max_grad_norm: float = option(0.0, "clip the gradient's norm to this; 0 = off")
     seed: int = option(0, "of data order, pairing, and the toy world")
@@ -239,9 +242,11 @@ def compute_gradients(model: Llama, reference: Llama | None, config: Config, par
 
 
 def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then linear decay to zero. The first step already learns (Hugging Face's schedule has 0 there)."""
+    """Linear warm-up, then linear decay to zero, or constant. The first step already learns (Hugging Face's has 0 there)."""
     if step < warmup:
         return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
     return config.lr * (steps - step) / max(1, steps - warmup)
 
 
@@ -482,7 +487,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, llama.vocab_size, prompt)
     examples = {role: tokenizer.encode_rows(r) for role, r in rows.items()}
     for example in itertools.chain(*examples.values()):
-        if len(example.ids) > llama.max_position_embeddings:
+        if len(example.ids) - 1 > llama.max_position_embeddings:  # the last token is predicted, not read
             raise RunError(
                 f"{example.key}: {len(example.ids)} tokens, {name} reaches {llama.max_position_embeddings}; shorten it"
             )
