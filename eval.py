@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import zlib
@@ -59,7 +60,6 @@ class Protocol:
 
     name: str
     rows: int | None  # only the first so many rows of each set
-    max_new_tokens: int  # of a generation
     max_total_tokens: int | None  # of prompt + answer, and of prompt + generation, padding included
     epsilon: float  # added to the denominators of truth ratio and option probability
     truth_ratio: str = "geometric"  # mean over the wrong answers
@@ -67,8 +67,8 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "open-unlearning": Protocol("open-unlearning", None, 200, None, 1e-10),
-    "tofu": Protocol("tofu", 300, 200, 200, 0.0),  # the TOFU authors'
+    "open-unlearning": Protocol("open-unlearning", None, None, 1e-10),
+    "tofu": Protocol("tofu", 300, 200, 0.0),  # the TOFU authors'
 }
 OPEN_UNLEARNING = PROTOCOLS["open-unlearning"]
 TOFU_GENERATION_BATCH = 30  # of the TOFU authors' code: with a limit on the total, padding shortens generations
@@ -94,14 +94,13 @@ def truth_ratio(correct_loss: float, wrong_losses: list[float], mean: str = "geo
     'arithmetic', the mean of exp(-wrong loss), as the TOFU authors have it during training.
     """
     if mean == "arithmetic":
-        wrong = sum(_exp(-loss) for loss in wrong_losses) / len(wrong_losses)
+        least = min(wrong_losses)
+        wrong_loss = least - math.log(sum(math.exp(least - x) for x in wrong_losses) / len(wrong_losses))
     else:
         wrong_loss = sum(wrong_losses) / len(wrong_losses)
-        if epsilon == 0:
-            return _exp(correct_loss - wrong_loss)  # exact, also where both probabilities underflow
-        wrong = _exp(-wrong_loss)
-    correct = _exp(-correct_loss) + epsilon
-    return min(wrong / correct, _exp(700.0)) if correct > 0 else _exp(700.0)
+    if epsilon == 0:
+        return _exp(correct_loss - wrong_loss)  # exact, also where both probabilities underflow
+    return min(_exp(-wrong_loss) / (_exp(-correct_loss) + epsilon), _exp(700.0))
 
 
 def _exp(x: float) -> float:
@@ -528,7 +527,8 @@ def score_answers(
         if more:
             log_p = logits.log_softmax(-1)
             expected = (log_p.exp() * log_p).sum(-1)
-            deviation = ((log_p.exp() * log_p.square()).sum(-1) - expected.square()).clamp(min=1e-6).sqrt()
+            variance = (log_p.exp() * (log_p - expected[..., None]).square()).sum(-1)  # not E x^2 - (E x)^2: it cancels
+            deviation = variance.clamp(min=1e-6).sqrt()
             columns = [(logits.argmax(-1) == batch.targets), -token_losses, (-token_losses - expected) / deviation]
             for row, i in enumerate(chunk):
                 correct, log_probs, standard = (c[row, : examples[i].answer_length].tolist() for c in columns)
@@ -552,9 +552,10 @@ class Journal:
         self.path, self.done = path, {}
         if path is not None and path.exists():
             whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            path.write_bytes(whole)
-            for line in whole.decode("utf-8").split("\n")[:-1]:
+            end = whole.rfind(b"\n") + 1
+            if end < len(whole):
+                os.truncate(path, end)
+            for line in whole[:end].decode("utf-8").split("\n")[:-1]:
                 self.done |= json.loads(line)
 
     def __contains__(self, key: str) -> bool:
@@ -579,19 +580,18 @@ def apply_row_limit(sets: dict[str, list[Row]], protocol: Protocol) -> dict[str,
     return {name: rows[: protocol.rows] for name, rows in sets.items()}
 
 
-def cut_to_total(example: Example, limit: int | None, eos_id: int) -> Example:
+def cut_to_total(example: Example, limit: int | None) -> Example:
     """An example cut to `limit` tokens; one that reaches it has no EOS to predict, as in the TOFU authors' code.
 
     Raises EvalError where nothing of the answer is left.
     """
     if limit is None:
         return example
-    ids = example.ids[:-1][:limit]
-    if len(ids) <= example.prompt_length:
+    if example.prompt_length >= limit:
         raise EvalError(
             f"{example.key}: its prompt fills the {limit} tokens of the protocol; leave it out or use another one"
         )
-    return replace(example, ids=ids if len(ids) == limit else (*ids, eos_id))
+    return replace(example, ids=example.ids[:limit])
 
 
 def generation_limits(prompt_lengths: list[int], max_new_tokens: int, max_total_tokens: int | None) -> list[int]:
@@ -645,7 +645,7 @@ def evaluate(
                 raise DataError(f"{row.key}: occurs twice in the {name} set; evaluate on each row once")
             for kind, text in _texts(name, row).items():
                 example = tokenizer.encode(row.question, text, row.key)
-                answers[f"{name} {row.key} {kind}"] = cut_to_total(example, protocol.max_total_tokens, tokenizer.eos_id)
+                answers[f"{name} {row.key} {kind}"] = cut_to_total(example, protocol.max_total_tokens)
         if name != "holdout":
             first = [answers[f"{name} {row.key} answer"] for row in rows]
             ids = [list(example.ids[: example.prompt_length]) for example in first]
