@@ -669,7 +669,8 @@ def test_an_interrupted_evaluation_ends_as_the_whole_one_and_does_nothing_twice(
 def test_smollm2_is_evaluated_as_transformers_would():
     """float32, one row at a time, the chat template applied by transformers."""
     folder = os.environ["DIPO_SMOLLM2"]
-    model, reference = load_pretrained(folder), transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    model = load_pretrained(folder, dtype=torch.float32, compute_dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)
     row = Row(
         "r/0", "Who wrote 'Hamlet'?", "William Shakespeare wrote it.", "It is by Shakespeare.", ("Marlowe did.", "Goethe.")
