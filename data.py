@@ -1,4 +1,4 @@
-"""Data: TOFU, the toy world, prompt formats, tokenised examples, batches and their order.
+"""Data: TOFU, MUSE, the toy world, prompt formats, tokenised examples, batches and their order.
 
 Everything is keyed by the row's place in its data set ("tofu_forget10/12"), because question texts repeat.
 
@@ -38,6 +38,17 @@ class DataError(Exception):
 
 
 @dataclass(frozen=True)
+class MuseCheckpoint:
+    """Hub ids of MUSE's models of one corpus, which come without a tokenizer."""
+
+    target: str
+    retrained: str
+    base: str  # before any MUSE; its tokenizer is theirs
+    retain_log: tuple[str, str]  # (data set on the hub, file in it)
+    prompt: str = "plain"  # MUSE's questions have their own format; no chat
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Hub ids of one model family on TOFU (open-unlearning's checkpoints and evaluation logs)."""
 
@@ -59,6 +70,17 @@ CHECKPOINTS = {
     "llama3.2-1b": Checkpoint("meta-llama/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct", "llama3"),
     "llama3.2-3b": Checkpoint("meta-llama/Llama-3.2-3B-Instruct", "Llama-3.2-3B-Instruct", "llama3"),
     "llama3.1-8b": Checkpoint("meta-llama/Llama-3.1-8B-Instruct", "Llama-3.1-8B-Instruct", "llama3"),
+}
+
+
+MUSE_CHECKPOINTS = {
+    f"muse-{name.lower()}": MuseCheckpoint(
+        f"muse-bench/MUSE-{name.lower()}_target",
+        f"muse-bench/MUSE-{name.lower()}_retrain",
+        base,
+        ("open-unlearning/eval", f"muse_Llama-2-7b-hf_{name}_retrain/MUSE_EVAL.json"),
+    )
+    for name, base in (("News", "meta-llama/Llama-2-7b-hf"), ("Books", "meta-llama/Llama-2-7b-hf"))
 }
 
 
@@ -192,6 +214,8 @@ def hub_file(repo: str, name: str, remedy: str) -> Path:
 def complement(forget: str) -> str:
     """The retain set of a forget set: what else the target model was trained on. Raises DataError where it is not known."""
     parts = split_spec(forget)
+    if is_muse(forget):
+        return f"{parts[0][0].split('/')[0]}/raw/retain1"
     for prefix, pairs in (("tofu_", TOFU_RETAIN), ("toy_", {"forget10": "retain90"})):
         if len(parts) == 1 and (config := parts[0][0].removeprefix(prefix)) in pairs and parts[0][0].startswith(prefix):
             return prefix + pairs[config]
@@ -215,9 +239,9 @@ def evaluation_sets(forget: str, retain: str | None = None) -> dict[str, str]:
     return sets | {"ra": f"{prefix}_real_authors_perturbed", "wf": f"{prefix}_world_facts_perturbed"}
 
 
-def fingerprint(rows: list[Row]) -> str:
-    """16 hex digits that change with any text or its order."""
-    text = json.dumps([asdict(r) for r in rows], ensure_ascii=False)
+def fingerprint(rows: list) -> str:
+    """16 hex digits that change with any text of the rows, documents or JSON values, or with their order."""
+    text = json.dumps([asdict(r) if isinstance(r, Row) else r for r in rows], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -263,7 +287,8 @@ PROMPT_FORMATS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised question with one answer. ids[:prompt_length] is what generation is given; the rest is labelled."""
+    """A tokenised question with one answer, or a text. ids[:prompt_length] is what generation is given (of a text: BOS);
+    the rest is labelled."""
 
     key: str
     ids: tuple[int, ...]
@@ -271,7 +296,7 @@ class Example:
 
     @property
     def answer_length(self) -> int:
-        """Label tokens, EOS included."""
+        """Label tokens: the answer and its EOS, or a text, which ends without one."""
         return len(self.ids) - self.prompt_length
 
 
@@ -378,18 +403,36 @@ class Tokenizer:
             raise DataError(f"{key or 'row'}: the answer {answer!r} tokenises to nothing; remove the row or fill it in")
         ids += prompt
         example = Example(key, (*ids, *labels, self.eos_id), len(ids))
-        if self.vocab_size is not None and max(example.ids) >= self.vocab_size:
+        self._check_embedded(example.ids, key)
+        return example
+
+    def _check_embedded(self, ids: tuple[int, ...] | list[int], key: str) -> None:
+        if self.vocab_size is not None and max(ids, default=0) >= self.vocab_size:
             raise DataError(
-                f"{key or 'row'}: token id {max(example.ids)} of {self.folder / 'tokenizer.json'} is beyond the model's "
+                f"{key or 'row'}: token id {max(ids)} of {self.folder / 'tokenizer.json'} is beyond the model's "
                 f"{self.vocab_size} embeddings; tokenizer and model do not belong together"
             )
-        return example
 
     def encode_rows(self, rows: list[Row]) -> list[Example]:
         return [self.encode(r.question, r.answer, r.key) for r in rows]
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return self.decode_text(ids).strip()
+
+    @property
+    def bos_id(self) -> int:
+        """Raises DataError where the tokenizer's configuration names no BOS."""
+        return self._id("{bos}")
+
+    def encode_text(self, text: str, key: str = "") -> list[int]:
+        """The tokens of a text as it is: no prompt format, no BOS, no EOS. Raises DataError for one that is not embedded."""
+        ids = self._encode_text(text)
+        self._check_embedded(ids, key)
+        return ids
+
+    def decode_text(self, ids: list[int]) -> str:
+        """The text of the tokens, special ones left out, white space kept."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -399,7 +442,7 @@ class Tokenizer:
 class Batch:
     """Right-padded examples for teacher forcing. Logits are wanted at `at` only: where answer tokens are predicted."""
 
-    input_ids: Tensor  # [B, T] int64, everything but each sequence's EOS, 0 in padding
+    input_ids: Tensor  # [B, T] int64, everything but each sequence's last token, 0 in padding
     at: Tensor  # [B, A] int64, positions whose next token is an answer token, 0 in padding
     targets: Tensor  # [B, A] int64, those answer tokens, 0 in padding
     mask: Tensor  # [B, A] bool, False in padding: told by length, never by token value
@@ -444,6 +487,163 @@ def draw(items: list, seed: int, what: str, start: int, count: int) -> list:
     """
     n = len(items)
     return [items[_permutation(seed, what, k // n, n)[k % n]] for k in range(start, start + count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- MUSE
+
+MUSE_REPOS = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
+MUSE_COLUMNS = dict.fromkeys(("raw", "privleak", "scal", "sust", "train"), ("text",))
+MUSE_COLUMNS |= {"verbmem": ("prompt", "gt"), "knowmem": ("question", "answer")}
+MUSE_SPLITS = {
+    "raw": ("forget", "retain1", "retain2", "holdout"),  # to remove, to regularise with, to evaluate on, never seen
+    "verbmem": ("forget",),
+    "knowmem": ("forget_qa", "retain_qa", "forget_qa_icl", "retain_qa_icl"),
+    "privleak": ("forget", "retain", "holdout"),
+    "scal": ("forget_1", "forget_2", "forget_3", "forget_4"),  # growing forget sets; News only
+    "sust": ("forget_1", "forget_2", "forget_3", "forget_4"),  # forget sets one after the other; News only
+    "train": ("forget", "retain1", "retain2"),  # what the target was trained on
+}
+MUSE_DOCUMENTS = ("raw", "scal", "sust", "train")  # running text: kept as .txt too, and an empty document is no error
+# Of the copy in MUSE's GitHub repository.
+MUSE_OLD_NAMES = {
+    ("knowmem", "retain_qa"): "retain2_qa",
+    ("knowmem", "retain_qa_icl"): "retain2_qa_icl",
+    ("privleak", "retain"): "retain2",
+}
+
+
+def load_muse(corpus: str, config: str, split: str, data_dir: str | Path | None = None) -> list[dict[str, str]]:
+    """Rows of a MUSE data set (Shi et al. 2024, arXiv 2407.06460), as the columns of its config: MUSE_COLUMNS.
+
+    corpus: 'news' or 'books'. data_dir: local copies, used before the hub: `data_dir/MUSE-News/<config>/<split>` ending in
+    `-00000-of-00001.parquet`, `.parquet`, `.json` (an array of objects, or of strings where `text` is the only column) or
+    `.txt` (running text only: the documents joined by a blank line, read as one). Raises DataError for an unknown name, a
+    file that is broken, empty or without one of the columns, a value that is no text, a hub that cannot be reached.
+    """
+    for name, known in (
+        (corpus, MUSE_REPOS),
+        (config, [c for c in MUSE_SPLITS if corpus != "books" or c not in ("scal", "sust")]),
+        (split, MUSE_SPLITS.get(config, ())),
+    ):
+        if name not in known:
+            raise DataError(f"MUSE data set {corpus}/{config}/{split}: {name!r} is unknown; known are {', '.join(known)}")
+    path = muse_file(corpus, config, split, data_dir)
+    columns = MUSE_COLUMNS[config]
+    read = {".parquet": _parquet_rows, ".json": _json_rows, ".txt": _text_rows}[path.suffix]
+    rows = []
+    for i, values in enumerate(read(path, columns)):
+        for column in columns:
+            value = values.get(column)
+            blank = config in MUSE_DOCUMENTS and isinstance(value, str) and not value.strip()
+            if not is_text(value) and not blank:
+                raise DataError(f"{path}, row {i}: key '{column}' is missing or no text; download it again")
+        rows.append({column: values[column] for column in columns})
+    if not any(value.strip() for row in rows for value in row.values()):
+        raise DataError(f"{path}: holds no rows; download it again")
+    return rows
+
+
+def muse_file(corpus: str, config: str, split: str, data_dir: str | Path | None) -> Path:
+    """The file of a MUSE data set: a local one where there is one, else the hub's. Raises DataError as `load_muse`."""
+    repo = MUSE_REPOS[corpus]
+    folder = repo.split("/")[1]
+    hub_name = f"{config}/{split}-00000-of-00001.parquet"
+    if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise DataError(f"--data-dir {data_dir}: no such folder")
+        endings = ["-00000-of-00001.parquet", ".parquet", ".json"] + [".txt"] * (config in MUSE_DOCUMENTS)
+        for name in (split, MUSE_OLD_NAMES.get((config, split), split)):
+            for ending in endings:
+                if (local := Path(data_dir) / folder / config / (name + ending)).exists():
+                    return local
+    return hub_file(repo, hub_name, f"place it at DIR/{folder}/{hub_name} (or {split}.json) and pass --data-dir DIR")
+
+
+def _parquet_rows(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{path}: Parquet needs pyarrow: pip install -e '.[eval]', or place it as JSON") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            if lost := [c for c in columns if c not in file.schema_arrow.names]:
+                raise DataError(f"{path}: column '{lost[0]}' is missing; download it again")
+            return file.read(columns=list(columns)).to_pylist()
+    except (ArrowException, OSError) as e:
+        why = str(e).split("\n")[0]
+        raise DataError(f"{path}: not a readable Parquet file ({why}); download it again") from None
+
+
+def _json_rows(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise DataError(f"{path}: broken JSON ({e}); expected one array, download it again") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: expected a JSON array, found {type(rows).__name__}; download it again")
+    if columns == ("text",):
+        rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {i}: expected an object with {', '.join(columns)}; download it again")
+    return rows
+
+
+def _text_rows(path: Path, columns: tuple[str, ...]) -> list[dict]:
+    try:
+        return [{"text": path.read_text(encoding="utf-8")}]
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: not readable as UTF-8 text ({e}); download it again") from None
+
+
+def is_muse(spec: str) -> bool:
+    return spec.startswith("muse_")
+
+
+def load_texts(spec: str, data_dir: str | Path | None = None) -> list[str]:
+    """Documents of MUSE: `muse_news` (for muse_news/raw/forget), `muse_books/raw/retain1`, ..., sliced and added up as in
+    `load_rows`. Raises DataError for an unknown name or slice, and as `load_muse`."""
+    texts = []
+    for name, lo, hi in split_spec(spec):
+        match = re.fullmatch(r"muse_(\w+?)(?:/(\w+)/(\w+))?", name)
+        config, split = (match[2] or "raw", match[3] or "forget") if match else ("", "")
+        if not match or "text" not in MUSE_COLUMNS.get(config, ("text",)):
+            raise DataError(
+                f"data set {name!r} is unknown; known are muse_news, muse_books and muse_news/CONFIG/SPLIT with text"
+            )
+        texts += cut([row["text"] for row in load_muse(match[1], config, split, data_dir)], lo, hi, spec)
+    return texts
+
+
+def muse_chunks(
+    texts: list[str], tokenizer: Tokenizer, length: int = 2048, chunking: str = "muse", key: str = "text"
+) -> list[Example]:
+    """Running text as training sequences: BOS, then labels only, no EOS. The texts are joined by blank lines and
+    tokenised once.
+
+    'muse', as the MUSE authors' code: pieces of `length` - 1 tokens, BOS put in front; the last one is filled up to `length`
+    with the first sequence, BOS included (once: it stays shorter where that is not enough).
+    'open-unlearning': pieces of `length` tokens, each decoded and tokenised again, BOS put in front, cut to 1 + `length`;
+    the last one stays short. What has no tokens is dropped.
+    Raises DataError for texts without tokens, an unknown chunking, a length below 2.
+    """
+    if chunking not in ("muse", "open-unlearning"):
+        raise DataError(f"chunking {chunking!r} is unknown; known are muse, open-unlearning")
+    if length < 2:
+        raise DataError(f"chunks of {length} tokens: BOS leaves nothing to predict; 2 is the least")
+    ids, bos = tokenizer.encode_text("\n\n".join(texts), key), tokenizer.bos_id
+    if chunking == "muse":
+        step = length - 1
+        pieces = [[bos, *ids[i : i + step]] for i in range(0, len(ids), step)]
+        if pieces:
+            pieces[-1] = (pieces[-1] + pieces[0])[:length]
+    else:
+        parts = [tokenizer.decode_text(ids[i : i + length]) for i in range(0, len(ids), length)]
+        pieces = [[bos, *tokenizer.encode_text(part, key)[:length]] for part in parts]
+        pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise DataError(f"{key}: its texts tokenise to nothing; remove them or fill them in")
+    return [Example(f"{key}/{i}", tuple(piece), 1) for i, piece in enumerate(pieces)]
 
 
 # ------------------------------------------------------------------------------------------------------------ toy world

@@ -37,11 +37,15 @@ from data import (
     Batch,
     DataError,
     Example,
+    Tokenizer,
     complement,
     draw,
     fingerprint,
+    is_muse,
     load_rows,
+    load_texts,
     micro_batches,
+    muse_chunks,
     toy_world,
     train_toy_tokenizer,
 )
@@ -66,14 +70,20 @@ class Config:
     """Everything that decides a run. The paper's values are the defaults; PRESETS hold the others."""
 
     # what
-    preset: str = option("paper", "named defaults: paper, smollm2, toy (chosen by itself for --model toy)")
+    preset: str = option("paper", "named defaults: paper, muse, smollm2, toy (muse and toy are chosen by themselves)")
     model: str = option("toy", f"model to start from: toy, {', '.join(CHECKPOINTS)}, hub id or folder")
     tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
     prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
-    forget: str = option("toy_forget10", "forget set: tofu_forget01|05|10, slices A[:300], sums A+B, or a .jsonl file")
+    forget: str = option(
+        "toy_forget10", "forget set: tofu_forget01|05|10, muse_news, muse_books, slices A[:300], sums A+B, or a .jsonl file"
+    )
     retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
     finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
     data_dir: str | None = option(None, "local data in hub layout (TOFU/forget10.json, ...), used before the hub", type=str)
+    scal: int = option(0, "MUSE News: forget scal/forget_K, K = 1 to 4 (growing sets); 0 = raw/forget")
+    sust: bool = option(False, "MUSE News: forget sust/forget_1 to 4, one request after the other")
+    chunking: str = option("open-unlearning", "how MUSE's texts are cut into sequences", ("open-unlearning", "muse"))
+    max_length: int = option(2048, "tokens of a sequence of MUSE's texts")
     # losses
     forget_loss: str = option("dipo", "loss on the forget set", ("dipo", "npo", "ga"))
     retain_loss: str = option("dipo", "loss on the retain set", ("dipo", "gd", "kl", "none"))
@@ -107,6 +117,7 @@ class Config:
     eval: bool = option(True, "evaluate target and unlearned model")
     eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")
     eval_retain: str | None = option(None, "rows that stand for the retain set in evaluation", type=str)
+    eval_rows: int = option(0, "only the first so many rows of each MUSE evaluation set; 0 = all")
     retain_logs: str | None = option(None, "evaluation log of the retrained model, for forget quality", type=str)
     retain_model: str | None = option(None, "the retrained model itself, for forget quality and its column", type=str)
     max_new_tokens: int = option(200, "length of generations in evaluation, tokens")
@@ -124,6 +135,7 @@ class Config:
 
 PRESETS = {
     "paper": {},
+    "muse": {"warmup_epochs": 0.0, "weight_decay": 0.0, "schedule": "constant", "micro_batch_size": 1},
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
     "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
 }
@@ -151,7 +163,8 @@ def parse_args(argv: list[str]) -> tuple[dict, bool]:
 def make_config(given: dict) -> Config:
     """Defaults, then the preset, then what was typed. Raises RunError for settings that make no sense."""
     toy = given.get("model", "toy") == "toy" and "finetune" not in given
-    preset = given.get("preset", "toy" if toy else "paper")
+    muse = is_muse(given.get("finetune") or given.get("forget", ""))
+    preset = given.get("preset", "toy" if toy else "muse" if muse else "paper")
     if preset not in PRESETS:
         raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
     config = Config(**(PRESETS[preset] | given | {"preset": preset}))
@@ -159,13 +172,17 @@ def make_config(given: dict) -> Config:
     for name in positive + (("beta",) if config.beta is not None else ()):
         if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
-    for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every"):
+    for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
         if not getattr(config, name) >= 0:
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
     if config.retain_logs and config.retain_model:
         raise RunError("--retain-logs and --retain-model: pass one of them")
+    if (config.scal or config.sust) and (config.finetune or config.forget != "muse_news"):
+        raise RunError("--scal and --sust: are MUSE News's; pass --forget muse_news, and one of them")
+    if not 0 <= config.scal <= 4 or (config.scal and config.sust):
+        raise RunError(f"--scal {config.scal}: is 1 to 4, and not together with --sust")
     if config.model == "toy" and config.finetune:
         raise RunError("--finetune: name the model to start from with --model")
     if config.model == "toy" and not config.forget.startswith("toy_"):
@@ -452,6 +469,26 @@ def read_config(out: Path, given: dict) -> Config:
     return config
 
 
+def load_data(config: Config) -> dict[str, list]:
+    """{'finetune'} or {'forget', 'retain'}: rows of questions, or documents of MUSE."""
+
+    def load(spec):
+        return load_texts(spec, config.data_dir) if is_muse(spec) else load_rows(spec, config.data_dir, config.seed)
+
+    if config.finetune:
+        return {"finetune": load(config.finetune)}
+    rows = {"forget": load(f"{config.forget}/scal/forget_{config.scal}" if config.scal else config.forget)}
+    if config.retain_loss != "none":
+        rows["retain"] = load(config.retain or complement(config.forget))
+    return rows
+
+
+def encode(rows: list, role: str, tokenizer: Tokenizer, config: Config) -> list[Example]:
+    if isinstance(rows[0], str):
+        return muse_chunks(rows, tokenizer, config.max_length, config.chunking, role)
+    return tokenizer.encode_rows(rows)
+
+
 def data_record(rows: dict[str, list]) -> dict:
     return {role: {"rows": len(r), "fingerprint": fingerprint(r)} for role, r in rows.items()}
 
@@ -467,12 +504,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     if wants_eval:
         evaluation.require_extra()
 
-    if config.finetune:
-        rows = {"finetune": load_rows(config.finetune, config.data_dir, config.seed)}
-    else:
-        rows = {"forget": load_rows(config.forget, config.data_dir, config.seed)}
-        if config.retain_loss != "none":
-            rows["retain"] = load_rows(config.retain or complement(config.forget), config.data_dir, config.seed)
+    rows = load_data(config)
     benchmark = None
     if wants_eval:
         options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens
@@ -485,7 +517,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     prompt = prompt if prompt and config.prompt == "auto" else config.prompt
     llama = LlamaConfig.from_folder(folder)
     tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, llama.vocab_size, prompt)
-    examples = {role: tokenizer.encode_rows(r) for role, r in rows.items()}
+    examples = {role: encode(r, role, tokenizer, config) for role, r in rows.items()}
     for example in itertools.chain(*examples.values()):
         if len(example.ids) - 1 > llama.max_position_embeddings:  # the last token is predicted, not read
             raise RunError(
@@ -493,7 +525,9 @@ def run(config: Config, out: Path, resume: bool) -> dict:
             )
     borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
     counts = " + ".join(f"{len(e)} {role}" for role, e in examples.items())
-    print(f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} rows; {device}, {compute_dtype}", flush=True)
+    print(
+        f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} sequences; {device}, {compute_dtype}", flush=True
+    )
     model = load_pretrained(folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
     if not resume:
         data = data_record(rows) | ({"evaluation": benchmark.data()} if benchmark else {})
