@@ -1,4 +1,4 @@
-"""Evaluation: TOFU's numbers as pure functions, then running a model, then the command line.
+"""Evaluation: TOFU's numbers as pure functions, then running a model, MUSE, then the command line.
 
     python eval.py --model RUN --forget tofu_forget10 [--retain-logs FILE | --retain-model PATH]
     python eval.py --logs FILE [--retain-logs FILE]          score a published log, no model
@@ -17,6 +17,7 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from data import (
     evaluation_sets,
     fingerprint,
     hub_file,
+    load_muse,
     load_rows,
     split_spec,
 )
@@ -765,6 +767,290 @@ def write_json(path: Path, value: dict, indent: int = 1) -> None:
         part.replace(path)
     except OSError as e:
         raise EvalError(f"{path}: could not be written ({e}); free some space or choose another --out") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------- MUSE
+# Shi et al. 2024, arXiv 2407.06460: verbatim memory, knowledge memory, privacy leakage, utility. Two code bases measure it:
+# 'muse', the authors', and 'open-unlearning'.
+
+MUSE_VARIANTS = ("open-unlearning", "muse")
+MUSE_QUESTIONS = {"forget_knowmem": "forget_qa", "retain_knowmem": "retain_qa"}
+MUSE_TEXTS = {"privleak_forget": "forget", "privleak_holdout": "holdout"}
+MUSE_NEW_TOKENS = {"forget_verbmem": 128, "forget_knowmem": 32, "retain_knowmem": 32}
+MUSE_MAX_TOKENS = 2048  # of a text, after BOS; open-unlearning only
+MUSE_STOPS = ("\n\n", "\nQuestion", "Question:")
+# P(a holdout score is below a forget score) of the retrained models, from the authors' constants: 1 - AUC of
+# `membership_auc`. PPL is the mean loss, not its exponential.
+MUSE_RETRAIN_AUC = {
+    "news": {"Min-5%": 0.5116, "Min-10%": 0.5021, "Min-20%": 0.4931, "Min-30%": 0.4840, "Min-40%": 0.4772,
+             "Min-50%": 0.4711, "Min-60%": 0.4671, "PPL": 0.4652, "PPL/lower": 0.3542, "PPL/zlib": 0.4328,
+             "PPL/ref": 0.2755},
+    "books": {"Min-5%": 0.5325, "Min-10%": 0.5424, "Min-20%": 0.5582, "Min-30%": 0.5570, "Min-40%": 0.5393,
+              "Min-50%": 0.5167, "Min-60%": 0.4841, "PPL": 0.4746, "PPL/lower": 0.3957, "PPL/zlib": 0.2773,
+              "PPL/ref": 0.3403},
+}  # fmt: skip
+MUSE_SUMMARY_KEYS = ("extraction_strength", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak",
+                     "retain_knowmem_ROUGE")  # fmt: skip
+
+
+def muse_rouge(reference: str, generation: str, stemmer: bool = True) -> dict[str, float]:
+    """rouge-score's {'rouge1_recall', 'rougeL_f1', 'rougeL_recall'}, 0 to 1. stemmer: open-unlearning has it on, the MUSE
+    authors off."""
+    scores = _muse_scorer(stemmer).score(reference, generation)
+    rouge_l = scores["rougeL"]
+    return {"rouge1_recall": scores["rouge1"].recall, "rougeL_f1": rouge_l.fmeasure, "rougeL_recall": rouge_l.recall}
+
+
+@lru_cache
+def _muse_scorer(stemmer: bool) -> "RougeScorer":
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
+
+
+def rouge_f1(reference: str, generation: str, stemmer: bool = True) -> float:
+    """ROUGE-L F1, MUSE's number for verbatim and knowledge memory."""
+    return muse_rouge(reference, generation, stemmer)["rougeL_f1"]
+
+
+def knowmem_prompt(icl_pairs: list[tuple[str, str]], question: str) -> str:
+    """The pairs (question, answer) as examples, then the question. Ends with a space, as in both code bases."""
+    examples = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in icl_pairs)
+    return f"{examples}Question: {question}\nAnswer: "
+
+
+def cut_at_stop(text: str) -> str:
+    """What a KnowMem generation says before it goes on to another question; white space around it is kept."""
+    for stop in MUSE_STOPS:
+        text = text.split(stop)[0]
+    return text
+
+
+def muse_min_k(log_probs: list[float], variant: str = "open-unlearning", k: float = 0.4) -> float:
+    """Minus the mean of the lowest share k of a text's token log-probabilities (nats, BOS not among them).
+
+    'muse': of all int(k N) lowest of N, at least one; 'open-unlearning': of the first 2048 tokens without the last of them.
+    """
+    if variant == "muse":
+        return min_k([*log_probs, 0.0], k)  # min_k leaves the last one out: there it is EOS, here there is none
+    return min_k(log_probs[:MUSE_MAX_TOKENS], k)
+
+
+def muse_retained_auc(corpus: str) -> float:
+    """The AUC, in the direction of `membership_auc`, of MUSE's own retrained model on 'news' or 'books'."""
+    return 1 - MUSE_RETRAIN_AUC[corpus]["Min-40%"]
+
+
+def aggregate_muse(rows: dict[str, dict[str, dict]], retained_auc: float = 0.5) -> dict[str, float]:
+    """MUSE's numbers from the items of `evaluate_muse`: three mean ROUGE-L F1 and two memorization scores (0 to 1), the AUC
+    `mia_min_k` (1 = fully memorised) and `privleak` (percent).
+
+    retained_auc: of the retrained model, by `read_muse_retain` or `muse_retained_auc`; 0.5 is open-unlearning's where there
+    is none.
+    """
+
+    def mean(part, name):
+        return sum(item[name] for item in rows[part].values()) / len(rows[part])
+
+    scores = {f"{part}_ROUGE": mean(part, "rougeL_f1") for part in MUSE_NEW_TOKENS}
+    scores |= {name: mean("forget_verbmem", name) for name in MEMORIZATION}
+    forget, holdout = ([item["score"] for item in rows[part].values()] for part in MUSE_TEXTS)
+    auc = membership_auc(forget, holdout)
+    return scores | {"mia_min_k": auc, "privleak": privleak(auc, retained_auc)}
+
+
+def muse_eval_json(rows: dict[str, dict[str, dict]], scores: dict[str, float]) -> dict:
+    """open-unlearning's MUSE_EVAL.json: its keys, sorted, and its shapes. Of its membership scores, `mia_min_k` only."""
+
+    def metric(part, names, value):
+        items = rows[part].values()
+        by_index = {str(i): {to: item[name] for to, name in names.items()} for i, item in enumerate(items)}
+        return {"agg_value": value, "value_by_index": by_index}
+
+    text = {name: name for name in ("rouge1_recall", "rougeL_f1", "rougeL_recall")}
+    text |= {"input": "prompt", "ground_truth": "ground_truth", "generation": "generation"}
+    result = {f"{part}_ROUGE": metric(part, text, scores[f"{part}_ROUGE"]) for part in MUSE_NEW_TOKENS}
+    for name in MEMORIZATION:
+        result[name] = metric("forget_verbmem", {"score": name}, scores[name])
+    both = {}
+    for part, name in MUSE_TEXTS.items():
+        values = [item["score"] for item in rows[part].values()]
+        both[name] = metric(part, {"score": "score"}, sum(values) / len(values))
+    result["mia_min_k"] = both | {"auc": scores["mia_min_k"], "agg_value": scores["mia_min_k"]}
+    result["privleak"] = {"agg_value": scores["privleak"]}
+    return dict(sorted(result.items()))
+
+
+def muse_summary(result: dict) -> dict[str, float]:
+    """open-unlearning's MUSE_SUMMARY.json of a MUSE_EVAL.json."""
+    return {name: result[name]["agg_value"] for name in MUSE_SUMMARY_KEYS}
+
+
+def muse_csv_row(name: str, scores: dict[str, float]) -> dict[str, str | float]:
+    """A row of the MUSE authors' CSV: all four numbers in percent."""
+    row = {"name": name, "verbmem_f": scores["forget_verbmem_ROUGE"] * 100, "privleak": scores["privleak"]}
+    return row | {f"knowmem_{part[0]}": scores[f"{part}_ROUGE"] * 100 for part in MUSE_QUESTIONS}
+
+
+def read_muse_retain(path: str | Path) -> float:
+    """The retrained model's AUC (`mia_min_k`) from its MUSE_EVAL.json, open-unlearning's or ours, or from our log.
+
+    Raises EvalError naming the file and what is missing or wrong in it.
+    """
+    try:
+        log = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise EvalError(f"{path}: not a readable JSON log ({e})") from None
+    ours = isinstance(log, dict) and "scores" in log
+    first, second = ("scores", "mia_min_k") if ours else ("mia_min_k", "agg_value")
+    try:
+        auc = log[first][second]
+    except (KeyError, TypeError, IndexError):
+        auc = None
+    if isinstance(auc, bool) or not isinstance(auc, int | float) or not 0 <= auc <= 1:
+        raise EvalError(
+            f"{path}: key '{first}.{second}' is missing or no number from 0 to 1; evaluate the retrained model on MUSE again"
+        )
+    return float(auc)
+
+
+@torch.no_grad()
+def score_texts(
+    model: Llama, examples: list, variant: str = "open-unlearning", budget: int = 2048, on_batch=lambda scored: None
+) -> list[dict]:
+    """{'score': Min-40%, 'loss': mean negative log-likelihood per token} of texts (BOS, then labels only), in order.
+
+    Batches and `on_batch` as in `score_answers`, which also computes what needs several more tensors of the size of all
+    positions' logits: for a text, that is all of it.
+    """
+    results: list[dict] = [{}] * len(examples)
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    while order:
+        n = max(1, min(len(order), budget // len(examples[order[-1]].ids)))
+        chunk, order = order[-n:], order[:-n]
+        batch = collate([examples[i] for i in chunk]).to(model.device)
+        logits = model(batch.input_ids, batch.at)
+        log_probs = -F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+        scored = {}
+        for row, i in enumerate(chunk):
+            values = log_probs[row, : examples[i].answer_length].tolist()
+            scored[i] = {"score": muse_min_k(values, variant), "loss": -sum(values) / len(values)}
+            results[i] = scored[i]
+        on_batch(scored)
+    return results
+
+
+def evaluate_muse(
+    model: Llama,
+    tokenizer: Tokenizer,
+    corpus: str,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    stemmer: bool | None = None,
+    variant: str = "open-unlearning",
+    batch_size: int = 8,
+    label: str = "evaluate",
+    progress: bool = True,
+    journal: Path | None = None,
+) -> dict[str, dict[str, dict]]:
+    """Per-item results {part: {key: item}} of MUSE on 'news' or 'books'. One progress bar over all texts and generations;
+    with `journal`, an interrupted evaluation goes on from what that file holds: it belongs to one model, variant and data.
+
+    Parts: forget_verbmem, forget_knowmem, retain_knowmem; item: prompt, ground_truth, generation (greedy: 128 new tokens, or
+    32 cut at the stop strings), rougeL_f1, rougeL_recall, rouge1_recall; on verbmem also exact_memorization and
+    extraction_strength. privleak_forget, privleak_holdout; item: score (Min-40%), loss.
+    Prompts are text behind BOS, without a chat format. data_dir: as in `load_muse`. limit: only the first so many rows of
+    each part (the examples of KnowMem's prompt are not cut). stemmer: of ROUGE; None: on, but for the variant 'muse' off.
+    variant: 'muse' scores all of a text and cuts VerbMem's reference to 127 tokens; see `muse_min_k`, `muse_rouge`.
+    Raises DataError for missing or broken data, EvalError for an unknown variant, a limit below 1, a loss not finite.
+    """
+    require_extra()
+    if variant not in MUSE_VARIANTS:
+        raise EvalError(f"MUSE variant {variant!r}: unknown; known are {', '.join(MUSE_VARIANTS)}")
+    if limit is not None and limit < 1:
+        raise EvalError(f"limit {limit}: leaves no rows; give at least 1, or none for all of them")
+    stemmer = variant != "muse" if stemmer is None else stemmer
+    if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
+        model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+    rows, prompts, texts = _muse_work(tokenizer, corpus, data_dir, limit, variant)
+    stop = {*model.config.eos_token_ids, tokenizer.eos_id}
+
+    done = Journal(journal)
+    to_score = {kind: [e for e in texts[kind] if f"score {e.key}" not in done.done] for kind in texts}
+    to_generate = {part: {k: p for k, p in prompts[part].items() if f"generation {k}" not in done.done} for part in prompts}
+    total = sum(map(len, (*texts.values(), *prompts.values())))
+    started = total - sum(map(len, (*to_score.values(), *to_generate.values())))
+    with tqdm(total=total, initial=started, desc=label, unit="text", disable=not progress, leave=False) as bar:
+
+        def keep(results):
+            done.add(results)
+            bar.update(len(results))
+
+        def keep_scores(examples):
+            return lambda scored: keep({f"score {examples[i].key}": scores for i, scores in scored.items()})
+
+        whole, verbatim = to_score["whole"], to_score["verbatim"]
+        score_texts(model, whole, variant, on_batch=keep_scores(whole))
+        score_answers(model, verbatim, [True] * len(verbatim), on_batch=keep_scores(verbatim))
+        for part, found in to_generate.items():
+            order = sorted(found, key=lambda key: -len(found[key]))  # longest first: running out of memory shows at once
+            for start in range(0, len(order), batch_size):
+                keys = order[start : start + batch_size]
+                outputs = generate(model, [found[key] for key in keys], MUSE_NEW_TOKENS[part], stop)
+                # As generated: what is cut off is found again in it, and a leading blank line ends a KnowMem answer.
+                keep({f"generation {k}": tokenizer.decode_text(ids) for k, ids in zip(keys, outputs, strict=True)})
+
+    for part, items in rows.items():
+        for key, item in items.items():
+            scores = done.done.get(f"score {key}", {"loss": 0.0})
+            if not math.isfinite(scores["loss"]):
+                raise EvalError(
+                    f"{key}: the model's loss is {scores['loss']}; its weights or --dtype {model.compute_dtype} overflow"
+                )
+            if part in MUSE_TEXTS:
+                item |= scores
+                continue
+            generation = done.done[f"generation {key}"]
+            item["generation"] = (cut_at_stop(generation) if part in MUSE_QUESTIONS else generation).strip()
+            item |= muse_rouge(item["ground_truth"], item["generation"], stemmer)
+            item |= {name: scores[name] for name in MEMORIZATION if name in scores}
+    return rows
+
+
+def _muse_work(tokenizer: Tokenizer, corpus: str, data_dir: str | Path | None, limit: int | None, variant: str) -> tuple:
+    """(items without results, {part: {key: prompt ids}}, {'whole': examples of texts, 'verbatim': of VerbMem})."""
+    rows: dict[str, dict] = {part: {} for part in (*MUSE_NEW_TOKENS, *MUSE_TEXTS)}
+    prompts: dict[str, dict] = {part: {} for part in MUSE_NEW_TOKENS}
+    texts: dict[str, list] = {"whole": [], "verbatim": []}
+
+    def load(config, split):
+        found = load_muse(corpus, config, split, data_dir)[:limit]
+        return [(f"muse_{corpus}/{config}/{split}/{i}", row) for i, row in enumerate(found)]
+
+    def with_bos(text, key):
+        return [tokenizer.bos_id, *tokenizer.encode_text(text, key)]
+
+    for key, row in load("verbmem", "forget"):
+        prompt, reference = with_bos(row["prompt"], key), row["gt"].strip()
+        if variant == "muse":  # 128 tokens, BOS among them
+            reference = tokenizer.decode(tokenizer.encode_text(row["gt"], key)[: MUSE_NEW_TOKENS["forget_verbmem"] - 1])
+        rows["forget_verbmem"][key] = {"prompt": row["prompt"], "ground_truth": reference}
+        prompts["forget_verbmem"][key] = prompt
+        # The prompts stop at a word's end, the references start with a word.
+        ids = with_bos(f"{row['prompt']} {row['gt']}", key)
+        if len(ids) <= len(prompt):
+            raise DataError(f"{key}: its 'gt' tokenises to nothing behind its 'prompt'; download it again")
+        texts["verbatim"].append(Example(key, tuple(ids), len(prompt)))
+    for part, split in MUSE_QUESTIONS.items():
+        pairs = [(r["question"], r["answer"]) for r in load_muse(corpus, "knowmem", f"{split}_icl", data_dir)]
+        for key, row in load("knowmem", split):
+            prompt = knowmem_prompt(pairs, row["question"])
+            rows[part][key] = {"prompt": prompt, "ground_truth": row["answer"]}
+            prompts[part][key] = with_bos(prompt, key)
+    for part, split in MUSE_TEXTS.items():
+        for key, row in load("privleak", split):
+            ids = with_bos(row["text"], key)
+            rows[part][key] = {}
+            texts["whole"].append(Example(key, tuple(ids if variant == "muse" else ids[: 1 + MUSE_MAX_TOKENS]), 1))
+    return rows, prompts, texts
 
 
 # ----------------------------------------------------------------------------------------------------- command line
