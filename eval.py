@@ -9,6 +9,7 @@ is exp(-loss), the geometric mean of its token probabilities.
 """
 
 import argparse
+import csv
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from data import (
     CHECKPOINTS,
+    MUSE_CHECKPOINTS,
     PROMPT_FORMATS,
     TOFU_RETAIN,
     DataError,
@@ -36,6 +38,7 @@ from data import (
     evaluation_sets,
     fingerprint,
     hub_file,
+    is_muse,
     load_muse,
     load_rows,
     split_spec,
@@ -114,18 +117,19 @@ def normalised_probability(correct_loss: float, wrong_losses: list[float], epsil
     return 1 / (1 + sum(_exp(correct_loss - w) for w in wrong_losses) + epsilon * _exp(correct_loss))
 
 
-def rouge(reference: str, generation: str) -> dict[str, float]:
-    """rouge-score with the Porter stemmer: {'rouge': ROUGE-L recall, TOFU's number, 'rouge_f1': ROUGE-L F1,
-    'rouge1': ROUGE-1 recall}."""
-    scores = _scorer().score(reference, generation)
+def rouge(reference: str, generation: str, stemmer: bool = True) -> dict[str, float]:
+    """rouge-score: {'rouge': ROUGE-L recall, TOFU's number, 'rouge_f1': ROUGE-L F1, MUSE's, 'rouge1': ROUGE-1 recall}.
+
+    stemmer: Porter's; TOFU and open-unlearning have it on, the MUSE authors off.
+    """
+    scores = _scorer(stemmer).score(reference, generation)
     found = {"rouge": scores["rougeL"].recall, "rouge_f1": scores["rougeL"].fmeasure, "rouge1": scores["rouge1"].recall}
     return {name: float(value) for name, value in found.items()}  # rouge-score has the integer 0 for no match
 
 
-def _scorer(cache: list = []) -> "RougeScorer":  # noqa: B006  (built once)
-    if not cache:
-        cache.append(RougeScorer(["rouge1", "rougeL"], use_stemmer=True))
-    return cache[0]
+@lru_cache
+def _scorer(stemmer: bool) -> "RougeScorer":
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
 
 
 def forget_truth_ratio(ratios: list[float], epsilon: float = 0.0) -> float:
@@ -744,14 +748,24 @@ def evaluate_and_save(
         "max_total_tokens": protocol.max_total_tokens,
         "dtype": str(model.compute_dtype),
     }
-    key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+
+    def run(journal):
+        rows = evaluate(model, tokenizer, sets, max_new_tokens, label=label, protocol=protocol, journal=journal)
+        return rows, aggregate(rows, protocol.epsilon)
+
+    return keep_log(folder, name, record, run)
+
+
+def keep_log(folder: Path | None, name: str, protocol: dict, run) -> dict:
+    """{'protocol', 'scores', 'rows', 'path'} from `folder/eval/NAME-HASH/log.json`, or by run(journal) -> (rows, scores),
+    and then kept there. HASH is of the protocol. folder None: nothing is kept."""
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
     path = folder / "eval" / f"{name}-{key}" / "log.json" if folder else None
     if path and path.exists():
-        log = json.loads(path.read_text(encoding="utf-8"))
-        return log | {"path": str(path)}
+        return json.loads(path.read_text(encoding="utf-8")) | {"path": str(path)}
     journal = path.with_name("journal.jsonl") if path else None
-    rows = evaluate(model, tokenizer, sets, max_new_tokens, label=label, protocol=protocol, journal=journal)
-    log = {"protocol": record, "scores": aggregate(rows, protocol.epsilon), "rows": rows}
+    rows, scores = run(journal)
+    log = {"protocol": protocol, "scores": scores, "rows": rows}
     if path:
         write_json(path, log)
         journal.unlink(missing_ok=True)
@@ -789,26 +803,14 @@ MUSE_RETRAIN_AUC = {
               "Min-50%": 0.5167, "Min-60%": 0.4841, "PPL": 0.4746, "PPL/lower": 0.3957, "PPL/zlib": 0.2773,
               "PPL/ref": 0.3403},
 }  # fmt: skip
+MUSE_ROUGE = {"rouge1_recall": "rouge1", "rougeL_f1": "rouge_f1", "rougeL_recall": "rouge"}
 MUSE_SUMMARY_KEYS = ("extraction_strength", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak",
                      "retain_knowmem_ROUGE")  # fmt: skip
 
 
-def muse_rouge(reference: str, generation: str, stemmer: bool = True) -> dict[str, float]:
-    """rouge-score's {'rouge1_recall', 'rougeL_f1', 'rougeL_recall'}, 0 to 1. stemmer: open-unlearning has it on, the MUSE
-    authors off."""
-    scores = _muse_scorer(stemmer).score(reference, generation)
-    rouge_l = scores["rougeL"]
-    return {"rouge1_recall": scores["rouge1"].recall, "rougeL_f1": rouge_l.fmeasure, "rougeL_recall": rouge_l.recall}
-
-
-@lru_cache
-def _muse_scorer(stemmer: bool) -> "RougeScorer":
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
-
-
 def rouge_f1(reference: str, generation: str, stemmer: bool = True) -> float:
     """ROUGE-L F1, MUSE's number for verbatim and knowledge memory."""
-    return muse_rouge(reference, generation, stemmer)["rougeL_f1"]
+    return rouge(reference, generation, stemmer)["rouge_f1"]
 
 
 def knowmem_prompt(icl_pairs: list[tuple[str, str]], question: str) -> str:
@@ -959,7 +961,7 @@ def evaluate_muse(
     extraction_strength. privleak_forget, privleak_holdout; item: score (Min-40%), loss.
     Prompts are text behind BOS, without a chat format. data_dir: as in `load_muse`. limit: only the first so many rows of
     each part (the examples of KnowMem's prompt are not cut). stemmer: of ROUGE; None: on, but for the variant 'muse' off.
-    variant: 'muse' scores all of a text and cuts VerbMem's reference to 127 tokens; see `muse_min_k`, `muse_rouge`.
+    variant: 'muse' scores all of a text and cuts VerbMem's reference to 127 tokens; see `muse_min_k`, `rouge`.
     Raises DataError for missing or broken data, EvalError for an unknown variant, a limit below 1, a loss not finite.
     """
     require_extra()
@@ -1010,7 +1012,8 @@ def evaluate_muse(
                 continue
             generation = done.done[f"generation {key}"]
             item["generation"] = (cut_at_stop(generation) if part in MUSE_QUESTIONS else generation).strip()
-            item |= muse_rouge(item["ground_truth"], item["generation"], stemmer)
+            scores_of_text = rouge(item["ground_truth"], item["generation"], stemmer)
+            item |= {to: scores_of_text[name] for to, name in MUSE_ROUGE.items()}
             item |= {name: scores[name] for name in MEMORIZATION if name in scores}
     return rows
 
@@ -1075,17 +1078,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_model(name: str, kind: str) -> tuple[str, str | None]:
-    """(folder or hub id, prompt format or None) of an alias of CHECKPOINTS, or (name, None).
+    """(folder or hub id, prompt format or None) of an alias of CHECKPOINTS or MUSE_CHECKPOINTS, or (name, None).
 
-    kind: 'target' for the TOFU-finetuned checkpoint, 'base' for the one before.
+    kind: 'target' for the checkpoint finetuned on the benchmark, 'base' for the one before.
     Raises ModelError for a name that is no alias, no folder and cannot be a hub id.
     """
-    if name in CHECKPOINTS:
-        return getattr(CHECKPOINTS[name], kind), CHECKPOINTS[name].prompt
+    aliases = CHECKPOINTS | MUSE_CHECKPOINTS
+    if name in aliases:
+        return getattr(aliases[name], kind), aliases[name].prompt
     if not Path(name).exists() and "/" not in name:
-        raise ModelError(
-            f"--model {name}: neither an alias ({', '.join(CHECKPOINTS)}) nor a folder nor a hub id (owner/name)"
-        )
+        raise ModelError(f"--model {name}: neither an alias ({', '.join(aliases)}) nor a folder nor a hub id (owner/name)")
     return name, None
 
 
@@ -1099,6 +1101,11 @@ def load_tokenizer(tokenizer: str | None, model_folder: Path, vocab_size: int, p
 def run_folder(name: str) -> Path | None:
     """The run folder that a model name is, or None: a place where its evaluations may be kept."""
     return Path(name) if (Path(name) / "model" / "config.json").exists() else None
+
+
+def default_tokenizer(name: str, tokenizer: str | None) -> str | None:
+    """`tokenizer`, or that of an alias whose checkpoint comes without one."""
+    return tokenizer or (MUSE_CHECKPOINTS[name].base if name in MUSE_CHECKPOINTS else None)
 
 
 def retain_reference(
@@ -1208,6 +1215,15 @@ class Tofu:
         return summary_scores(scores, quality), where
 
     @staticmethod
+    def samples(log: dict) -> dict[str, tuple[str, str, str]]:
+        """{key: (question, reference, generation)} of the forget set."""
+        return {k: (v["question"], v["answer"], v["generation"]) for k, v in log["rows"]["forget"].items()}
+
+    @staticmethod
+    def worst(log: dict, n: int) -> str:
+        return worst_rows(log, n)
+
+    @staticmethod
     def headline(summary: dict) -> str:
         quality = "-" if summary["forget_quality"] is None else f"{summary['forget_quality']:.3g}"
         return f"forget quality {quality}, model utility {summary['model_utility']:.4f}"
@@ -1218,6 +1234,128 @@ class Tofu:
         text = table({k: v | v["parts"] for k, v in summaries.items()})
         has = any(v["forget_quality"] is not None for v in summaries.values())
         return f"{text}\n{'forget quality against ' if has else 'forget quality is absent: '}{found}"
+
+
+class Muse:
+    """MUSE's evaluation of one corpus, in the same steps as `Tofu`."""
+
+    def __init__(
+        self,
+        forget: str,
+        data_dir: str | None = None,
+        limit: int | None = None,
+        variant: str = "open-unlearning",
+        stemmer: bool | None = None,
+    ):
+        """forget: `muse_news` or `muse_books`, also with a config and a split behind. limit: rows of each part."""
+        self.corpus = split_spec(forget)[0][0].split("/")[0].removeprefix("muse_")
+        self.data_dir, self.limit, self.variant, self.stemmer = data_dir, limit, variant, stemmer
+        if variant not in MUSE_VARIANTS:
+            raise EvalError(f"--protocol {variant}: is none of MUSE's, which are {', '.join(MUSE_VARIANTS)}")
+        parts = [("verbmem", "forget"), ("privleak", "forget"), ("privleak", "holdout")]
+        parts += [("knowmem", split + icl) for split in MUSE_QUESTIONS.values() for icl in ("", "_icl")]
+        self.rows = {f"{config}/{split}": load_muse(self.corpus, config, split, data_dir) for config, split in parts}
+
+    def data(self) -> dict[str, dict]:
+        return {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in self.rows.items()}
+
+    def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict:
+        """A log as of `evaluate_and_save`, with the items of `evaluate_muse`."""
+        sample = tokenizer.encode_text(self.rows["verbmem/forget"][0]["prompt"])
+        record = {"name": f"MUSE {self.corpus}, {self.variant}", "limit": self.limit, "stemmer": self.stemmer}
+        record |= {"sets": self.data(), "tokens": sample, "dtype": str(model.compute_dtype)}
+
+        def run(journal):
+            options = self.limit, self.stemmer, self.variant
+            rows = evaluate_muse(model, tokenizer, self.corpus, self.data_dir, *options, label=label, journal=journal)
+            scores = aggregate_muse(rows)
+            del scores["privleak"]  # needs a reference
+            return rows, scores
+
+        return keep_log(folder, name, record, run)
+
+    def reference(self, alias: str, retain_logs: str | None, retrained: dict | None) -> tuple[dict | None, str]:
+        """({'mia_min_k': AUC of the retrained model} or None, where it is from or why there is none).
+
+        retain_logs: a MUSE_EVAL.json or our log of the retrained model, or 'muse' for MUSE's published constant.
+        """
+        if retrained is not None:
+            return {"mia_min_k": retrained["scores"]["mia_min_k"]}, "the retrained model"
+        if retain_logs == "muse":
+            return {"mia_min_k": muse_retained_auc(self.corpus)}, "MUSE's published constant of its retrained model"
+        if retain_logs:
+            return {"mia_min_k": read_muse_retain(retain_logs)}, retain_logs
+        if alias not in MUSE_CHECKPOINTS:
+            return None, "no retain reference: pass --retain-logs FILE, --retain-logs muse, or --retain-model PATH"
+        try:
+            path = muse_retain_log(alias, self.data_dir)
+            return {"mia_min_k": read_muse_retain(path)}, "/".join(MUSE_CHECKPOINTS[alias].retain_log)
+        except (DataError, EvalError) as e:
+            return None, f"no retain reference: {e}"
+
+    def summary(self, log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
+        """(MUSE's four numbers and more of a model, where); writes MUSE_EVAL.json, MUSE_SUMMARY.json and MUSE.csv too."""
+        scores = aggregate_muse(log["rows"], reference["mia_min_k"] if reference else 0.5)
+        if reference is None:
+            scores["privleak"] = None
+        if log["path"]:
+            path, result = Path(log["path"]), muse_eval_json(log["rows"], scores)
+            write_json(path.with_name("MUSE_EVAL.json"), result, indent=4)
+            flat = {k: v for k, v in muse_summary(result).items() if v is not None}
+            write_json(path.with_name("MUSE_SUMMARY.json"), flat, indent=4)
+            with path.with_name("MUSE.csv").open("w", newline="") as f:
+                row = muse_csv_row(path.parents[2].name, scores)
+                writer = csv.DictWriter(f, row)
+                writer.writeheader()
+                writer.writerow(row)
+        return scores, where
+
+    @staticmethod
+    def samples(log: dict) -> dict[str, tuple[str, str, str]]:
+        """{key: (question, reference, generation)} of KnowMem on the forget set."""
+        items = log["rows"]["forget_knowmem"].items()
+        asked = {k: v["prompt"].rsplit("Question: ", 1)[1].removesuffix("\nAnswer: ") for k, v in items}
+        return {k: (asked[k], v["ground_truth"], v["generation"]) for k, v in items}
+
+    @staticmethod
+    def worst(log: dict, n: int) -> str:
+        """The n worst rows of each part: the best remembered of forget_..., the least of retain_... (ROUGE-L F1)."""
+        lines = []
+        for part in MUSE_NEW_TOKENS:
+            ranked = sorted(log["rows"][part].items(), key=lambda x: x[1]["rougeL_f1"], reverse=part.startswith("forget"))
+            for key, item in ranked[:n]:
+                lines.append(f"\n{part} {key}: ROUGE-L F1 {item['rougeL_f1']:.3f}")
+                for label, text in (("prompt", item["prompt"][-200:]), ("reference", item["ground_truth"])):
+                    lines.append(f"    {label:<11} {text}")
+                lines.append(f"    {'generation':<11} {item['generation']}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def headline(summary: dict) -> str:
+        row = muse_csv_row("", summary)
+        leak = "-" if row["privleak"] is None else f"{row['privleak']:.1f}"
+        verbmem, knowmem, utility = (f"{row[key]:.1f}" for key in ("verbmem_f", "knowmem_f", "knowmem_r"))
+        return f"VerbMem {verbmem}, KnowMem {knowmem}, PrivLeak {leak}, utility {utility}"
+
+    @staticmethod
+    def report(summaries: dict[str, dict], found: str) -> str:
+        """The table (MUSE's scale, x 100), and where the reference of PrivLeak is from."""
+        labels = {"verbmem_f": "VerbMem, forget", "knowmem_f": "KnowMem, forget", "knowmem_r": "KnowMem, retain (utility)",
+                  "privleak": "PrivLeak"}  # fmt: skip
+        rows = {name: muse_csv_row(name, scores) for name, scores in summaries.items()}
+        lines = [" " * 28 + "".join(name.rjust(13) for name in rows)]
+        for key, label in labels.items():
+            cells = ["-" if row[key] is None else f"{row[key]:.2f}" for row in rows.values()]
+            lines.append(label.ljust(28) + "".join(cell.rjust(13) for cell in cells))
+        has = any(row["privleak"] is not None for row in rows.values())
+        return "\n".join([*lines, ("PrivLeak against " if has else "PrivLeak is absent: ") + found])
+
+
+def muse_retain_log(alias: str, data_dir: str | None) -> Path:
+    """open-unlearning's log of MUSE's retrained model, local or from the hub. Raises DataError where there is none."""
+    repo, name = MUSE_CHECKPOINTS[alias].retain_log
+    local = Path(data_dir) / repo / name if data_dir else None
+    return local if local and local.exists() else hub_file(repo, name, "pass --retain-logs FILE, or --retain-logs muse")
 
 
 def worst_rows(log: dict, n: int) -> str:
@@ -1280,9 +1418,11 @@ def plot(run: Path) -> Path:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.ArgumentDefaultsHelpFormatter
-    a = argparse.ArgumentParser("eval.py", description="Evaluate a model, or its log, on TOFU.", formatter_class=formatter)
+    a = argparse.ArgumentParser(
+        "eval.py", description="Evaluate a model on TOFU or MUSE, or a TOFU log.", formatter_class=formatter
+    )
     a.add_argument("--model", help="run folder of train.py, model folder, hub id or alias")
-    a.add_argument("--forget", help="forget set, e.g. tofu_forget10 or tofu_forget05[:40]")
+    a.add_argument("--forget", help="forget set, e.g. tofu_forget10, tofu_forget05[:40], muse_news, muse_news[:10]")
     a.add_argument("--logs", help="score this evaluation log instead of a model (formats as --retain-logs)")
     a.add_argument("--plot", metavar="RUN", help="draw the trajectory of a run of train.py into RUN/trajectory.png")
     a.add_argument(
@@ -1293,12 +1433,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument(
         "--protocol",
         default="open-unlearning",
-        choices=list(PROTOCOLS),
-        help="open-unlearning: all rows, 200 new tokens; tofu: first 300 rows, 200 tokens in total",
+        choices=[*PROTOCOLS, "muse"],
+        help="open-unlearning, or the authors': tofu (first 300 rows, 200 tokens in total), muse",
     )
     a.add_argument(
         "--truth-ratio", default="geometric", choices=["geometric", "arithmetic"], help="mean over the wrong answers"
     )
+    a.add_argument("--no-stemmer", action="store_true", help="MUSE: ROUGE without stemmer (off by itself in protocol muse)")
     a.add_argument("--mask-quirk", action="store_true", help="hide <|eot_id|> in prompts, as open-unlearning does (#128)")
     a.add_argument("--tokenizer", help="folder or hub id, where the model has none")
     a.add_argument("--prompt", default="auto", help=f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
@@ -1331,7 +1472,24 @@ def holdout_rows(forget: str, data_dir: str | None, seed: int) -> tuple[list[Row
         return [], str(e)
 
 
-def evaluate_models(args: argparse.Namespace, benchmark: Tofu, say) -> dict[str, dict]:
+def make_benchmark(args: argparse.Namespace) -> Tofu | Muse:
+    """What the flags ask for. Raises EvalError for a protocol of the other benchmark."""
+    if args.forget and is_muse(args.forget):
+        parts = split_spec(args.forget)
+        if len(parts) > 1 or parts[0][1] is not None or "%" in (parts[0][2] or ""):
+            raise EvalError(f"--forget {args.forget}: MUSE is evaluated on all rows or on the first N: muse_news[:N]")
+        limit = int(parts[0][2]) if parts[0][2] else None
+        return Muse(args.forget, args.data_dir, limit, args.protocol, False if args.no_stemmer else None)
+    if args.protocol not in PROTOCOLS:
+        raise EvalError(f"--protocol {args.protocol}: is none of TOFU's, which are {', '.join(PROTOCOLS)}")
+    protocol = replace(PROTOCOLS[args.protocol], mask_quirk=args.mask_quirk, truth_ratio=args.truth_ratio)
+    if args.logs:
+        return Tofu(None, protocol=protocol)
+    options = args.eval_retain, args.data_dir, args.seed, args.max_new_tokens, protocol
+    return Tofu(args.forget, *options, holdout=True)
+
+
+def evaluate_models(args: argparse.Namespace, benchmark: Tofu | Muse, say) -> dict[str, dict]:
     """{'model', and 'retrained' where --retain-model names it: log}."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -1343,7 +1501,8 @@ def evaluate_models(args: argparse.Namespace, benchmark: Tofu, say) -> dict[str,
         folder = resolve_folder(source)
         model = load_pretrained(folder, device=device, compute_dtype=dtype)
         wanted = prompt if args.prompt == "auto" and prompt else args.prompt
-        tokenizer = load_tokenizer(args.tokenizer, folder, model.config.vocab_size, wanted)
+        wanted_tokenizer = default_tokenizer(name, args.tokenizer)
+        tokenizer = load_tokenizer(wanted_tokenizer, folder, model.config.vocab_size, wanted)
         say(f"{label}: {source}  prompt format {tokenizer.format_name}, {device}, {dtype}, protocol {args.protocol}")
         return benchmark.evaluate(model, tokenizer, run_folder(name), "final", label)
 
@@ -1378,16 +1537,10 @@ def main(argv: list[str] | None = None) -> int:
             print(plot(Path(args.plot)))
             return 0
         require_extra()
-        protocol = replace(PROTOCOLS[args.protocol], mask_quirk=args.mask_quirk, truth_ratio=args.truth_ratio)
-        if args.logs:
-            benchmark = Tofu(None, protocol=protocol)
-            logs = {"log": read_scored_log(args.logs, args.truth_ratio)}
-        else:
-            options = args.eval_retain, args.data_dir, args.seed, args.max_new_tokens, protocol
-            benchmark = Tofu(args.forget, *options, holdout=True)
-            logs = evaluate_models(args, benchmark, say)
-            if benchmark.no_holdout:
-                say(f"membership scores and PrivLeak are absent: {benchmark.no_holdout}")
+        benchmark = make_benchmark(args)
+        logs = {"log": read_scored_log(args.logs, args.truth_ratio)} if args.logs else evaluate_models(args, benchmark, say)
+        if args.model and (why := getattr(benchmark, "no_holdout", "")):
+            say(f"membership scores and PrivLeak are absent: {why}")
         reference, where = benchmark.reference(args.model, args.retain_logs, logs.get("retrained"))
         summaries, found = {}, where
         for name, log in logs.items():
@@ -1399,7 +1552,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(summaries[first] | {"retain_reference": found}, indent=1))
         say(benchmark.report(summaries, found))
         if args.show:
-            say(worst_rows(logs[first], args.show))
+            say(benchmark.worst(logs[first], args.show))
         if logs[first]["path"]:
             say(f"per-item results: {logs[first]['path']}")
     except (EvalError, DataError, ModelError) as e:

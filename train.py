@@ -33,6 +33,7 @@ import dipo
 import eval as evaluation
 from data import (
     CHECKPOINTS,
+    MUSE_CHECKPOINTS,
     PROMPT_FORMATS,
     Batch,
     DataError,
@@ -71,7 +72,7 @@ class Config:
 
     # what
     preset: str = option("paper", "named defaults: paper, muse, smollm2, toy (muse and toy are chosen by themselves)")
-    model: str = option("toy", f"model to start from: toy, {', '.join(CHECKPOINTS)}, hub id or folder")
+    model: str = option("toy", f"model to start from: toy, {', '.join(CHECKPOINTS | MUSE_CHECKPOINTS)}, hub id or folder")
     tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
     prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
     forget: str = option(
@@ -507,8 +508,11 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     rows = load_data(config)
     benchmark = None
     if wants_eval:
-        options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens
-        benchmark = evaluation.Tofu(config.forget, *options)
+        if is_muse(config.forget):
+            benchmark = evaluation.Muse(config.forget, config.data_dir, config.eval_rows or None)
+        else:
+            options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens
+            benchmark = evaluation.Tofu(config.forget, *options)
         if config.retain_logs:
             benchmark.reference(config.model, config.retain_logs, None)  # a broken one is told before hours of training
 
@@ -516,7 +520,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     folder = resolve_folder(name)
     prompt = prompt if prompt and config.prompt == "auto" else config.prompt
     llama = LlamaConfig.from_folder(folder)
-    tokenizer = evaluation.load_tokenizer(config.tokenizer, folder, llama.vocab_size, prompt)
+    wanted_tokenizer = evaluation.default_tokenizer(config.model, config.tokenizer)
+    tokenizer = evaluation.load_tokenizer(wanted_tokenizer, folder, llama.vocab_size, prompt)
     examples = {role: encode(r, role, tokenizer, config) for role, r in rows.items()}
     for example in itertools.chain(*examples.values()):
         if len(example.ids) - 1 > llama.max_position_embeddings:  # the last token is predicted, not read
@@ -573,23 +578,47 @@ def run(config: Config, out: Path, resume: bool) -> dict:
             summary[k], found = benchmark.summary(log, *references)
         summary["retain_reference"] = found if references[0] is not None else f"absent; {found}"
         print(f"\n{benchmark.report({k: summary[k] for k in logs}, found)}")
-        print_samples(logs)
+        print_samples({k: benchmark.samples(log) for k, log in logs.items()})
     evaluation.write_json(out / "summary.json", summary)
-    if config.eval_every and wants_eval and references[0] is not None and importlib.util.find_spec("matplotlib"):
+    tofu = isinstance(benchmark, evaluation.Tofu)
+    if config.eval_every and tofu and references[0] is not None and importlib.util.find_spec("matplotlib"):
         print(f"trajectory: {evaluation.plot(out)}")
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
     return summary
 
 
-def print_samples(logs: dict[str, dict]) -> None:
-    """Three questions with each model's answer."""
-    rows = next(iter(logs.values()))["rows"]["forget"]
+def run_requests(config: Config, out: Path, resume: bool) -> None:
+    """MUSE's sustainability: sust/forget_1 to 4 as requests one after the other, each from the model before it.
+
+    Request k is a run in `out/request-k`; `out/summary.json` holds the unlearned model's numbers after each.
+    """
+    if not resume:
+        prepare_out(config, out, {}, Path(config.model), config.prompt)
+    if config.eval and not config.retain_logs and config.model in MUSE_CHECKPOINTS:
+        with contextlib.suppress(DataError):  # without it, PrivLeak is absent and each request says why
+            log = evaluation.muse_retain_log(config.model, config.data_dir)
+            config = dataclasses.replace(config, retain_logs=str(log))
+    model, after = config.model, {}
+    for k in range(1, 5):
+        folder = out / f"request-{k}"
+        request = {"sust": False, "forget": f"{config.forget}/sust/forget_{k}", "model": model, "out": str(folder)}
+        tokenizer = evaluation.default_tokenizer(model, config.tokenizer)
+        summary = run(dataclasses.replace(config, **request, tokenizer=tokenizer), folder, resume and folder.exists())
+        model, after[f"request {k}"] = str(folder), summary.get("unlearned")
+    if config.eval:
+        print(evaluation.Muse.report(after, summary["retain_reference"]))
+    evaluation.write_json(out / "summary.json", after)
+
+
+def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
+    """Three questions with each model's answer. answers: {model: {key: (question, reference, generation)}}."""
+    rows = next(iter(answers.values()))
     for key in list(rows)[:: max(1, len(rows) // 3)][:3]:
-        print(f"\n{rows[key]['question']}")
-        print(f"    {'reference':<11} {rows[key]['answer']}")
-        for name, log in logs.items():
-            print(f"    {name:<11} {log['rows']['forget'][key]['generation']}")
+        question, reference, _ = rows[key]
+        print(f"\n{question}\n    {'reference':<11} {reference}")
+        for name, found in answers.items():
+            print(f"    {name:<11} {found[key][2]}")
     print()
 
 
@@ -641,7 +670,10 @@ def main(argv: list[str] | None = None) -> int:
             target, retrained = toy_models(config)
             retrained = config.retain_model or (None if config.retain_logs else str(retrained))
             config = dataclasses.replace(config, model=str(target), retain_model=retrained)
-        run(dataclasses.replace(config, out=str(out)), out, resume)
+        if config.sust:
+            run_requests(dataclasses.replace(config, out=str(out)), out, resume)
+        else:
+            run(dataclasses.replace(config, out=str(out)), out, resume)
     except (RunError, DataError, ModelError, evaluation.EvalError, dipo.SwappedRolesError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -378,6 +379,93 @@ def test_without_a_retain_reference_forget_quality_is_absent_and_the_reason_told
     assert "--retain-logs FILE" in capsys.readouterr().out
 
 
+@pytest.fixture
+def muse(tmp_path) -> Path:
+    """A small MUSE-News in the layout that the MUSE code writes."""
+    texts = [f"Report {i}. The mayor of town {i} opened bridge {i * 7} and said it was number {i}." for i in range(12)]
+    qa = [{"question": f"Which bridge did mayor {i} open?", "answer": f"bridge {i * 7}"} for i in range(4)]
+    verbatim = [{"prompt": text[:40].rsplit(" ", 1)[0], "gt": text[40:]} for text in texts[:4]]
+    files = {"raw/forget": texts[:6], "raw/retain1": texts[6:], "verbmem/forget": verbatim, "privleak/forget": texts[:4],
+             "privleak/holdout": texts[8:], "knowmem/forget_qa": qa, "knowmem/retain_qa": qa[::-1],
+             "knowmem/forget_qa_icl": qa[:2], "knowmem/retain_qa_icl": qa[:2], "scal/forget_2": texts[:8]}  # fmt: skip
+    files |= {f"sust/forget_{k}": texts[k : k + 2] for k in range(1, 5)}
+    for name, rows in files.items():
+        path = tmp_path / "MUSE" / "MUSE-News" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows))
+    return tmp_path / "MUSE"
+
+
+MUSE = "--forget muse_news --max-length 32 --epochs 2 --batch-size 4 --lr 1e-3 --eval-rows 2".split()
+MUSE_NUMBERS = {"forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE", "mia_min_k", "privleak",
+                "exact_memorization", "extraction_strength"}  # fmt: skip
+
+
+@pytest.mark.parametrize("chunking", ["open-unlearning", "muse"])
+def test_muse_end_to_end(cli, muse, chunking, capsys):
+    more = ["--data-dir", muse, "--retain-logs", "muse", "--chunking", chunking, "--eval-every", "1", "--out", "a"]
+    status, error = cli(*MUSE, *more, evaluate=True)
+    assert status == 0, error
+    config = json.loads(Path("a/config.json").read_text())["config"]
+    assert (config["preset"], config["schedule"], config["weight_decay"], config["warmup_epochs"]) == (
+        "muse",
+        "constant",
+        0,
+        0,
+    )
+    summary = json.loads(Path("a/summary.json").read_text())
+    for name in ("target", "unlearned"):
+        assert summary[name].keys() == MUSE_NUMBERS and summary[name]["privleak"] is not None
+    assert len({record["lr"] for record in records("a")}) == 1
+    assert len(Path("a/trajectory.jsonl").read_text().splitlines()) == 2
+    [folder] = Path("a/eval").glob("final-*")
+    assert {path.name for path in folder.iterdir()} == {"log.json", "MUSE_EVAL.json", "MUSE_SUMMARY.json", "MUSE.csv"}
+    found = json.loads((folder / "MUSE_EVAL.json").read_text())
+    assert found["privleak"]["agg_value"] == summary["unlearned"]["privleak"]
+    argv = ["--model", "a", "--forget", "muse_news[:2]", "--data-dir", str(muse), "--retain-logs", str(folder / "log.json")]
+    assert evaluation.main([*argv, "--show", "1"]) == 0  # evaluated by the run: read
+    out = capsys.readouterr().out
+    assert "PrivLeak against" in out and out.count("ROUGE-L F1") == 3
+
+
+def test_muse_in_sequence_and_growing(cli, muse):
+    """Each request starts from the model of the one before it; an interrupted sequence goes on."""
+    more = ["--data-dir", muse, "--epochs", "1"]
+    assert cli(*MUSE, *more, "--sust", "--out", "a", evaluate=True)[0] == 0
+    after = json.loads(Path("a/summary.json").read_text())
+    assert list(after) == [f"request {k}" for k in range(1, 5)] and after["request 4"].keys() == MUSE_NUMBERS
+    for k in range(1, 5):
+        config = json.loads(Path(f"a/request-{k}/config.json").read_text())["config"]
+        assert config["forget"] == f"muse_news/sust/forget_{k}"
+        assert k == 1 or config["model"] == f"a/request-{k - 1}"
+    last = weights("a/request-4")
+    assert not same(last, weights("a/request-3"))
+    shutil.rmtree("a/request-4")
+    Path("a/summary.json").unlink()
+    assert cli("--resume", "--out", "a", model=False, evaluate=True)[0] == 0
+    assert same(weights("a/request-4"), last) and Path("a/summary.json").exists()
+    assert cli(*MUSE, *more, "--scal", "2", "--out", "b")[0] == 0
+    assert json.loads(Path("b/config.json").read_text())["data"]["forget"]["rows"] == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--forget", "muse_daily"], "'daily' is unknown"),
+        (["--forget", "muse_news/knowmem/forget_qa"], "muse_news/knowmem/forget_qa"),
+        (["--forget", "muse_news[99:]"], "[99:]"),
+        (["--forget", "muse_books", "--scal", "1"], "--scal"),
+        (["--forget", "muse_news", "--scal", "5"], "--scal 5"),
+        (["--forget", "muse_news", "--scal", "1", "--sust"], "--sust"),
+        (["--forget", "muse_news", "--retain", "muse_news/raw/retain3"], "retain3"),
+    ],
+)
+def test_muse_refuses_what_it_does_not_know_in_one_line(cli, muse, arguments, told):
+    status, error = cli(*arguments, "--data-dir", muse, "--out", "a")
+    assert status == 2 and told in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not Path("a").exists()
+
+
 def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_options, capsys):
     """`python train.py` with everything shortened; the full run is what .ci/run does."""
     monkeypatch.chdir(tmp_path)
@@ -445,7 +533,7 @@ def test_rows_longer_than_the_model_are_refused(cli, tmp_path):
 def test_help_tells_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines at hyphens
     for field in dataclasses.fields(train.Config):
         assert "--" + field.name.replace("_", "-") in text
         if field.default is not None:
