@@ -1037,7 +1037,7 @@ def _muse_work(tokenizer: Tokenizer, corpus: str, data_dir: str | Path | None, l
             reference = tokenizer.decode(tokenizer.encode_text(row["gt"], key)[: MUSE_NEW_TOKENS["forget_verbmem"] - 1])
         rows["forget_verbmem"][key] = {"prompt": row["prompt"], "ground_truth": reference}
         prompts["forget_verbmem"][key] = prompt
-        # The prompts stop at a word's end, the references start with a word.
+        # With a space between them, as in open-unlearning; MUSE itself does not score the reference.
         ids = with_bos(f"{row['prompt']} {row['gt']}", key)
         if len(ids) <= len(prompt):
             raise DataError(f"{key}: its 'gt' tokenises to nothing behind its 'prompt'; download it again")
