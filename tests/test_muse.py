@@ -566,6 +566,31 @@ def test_generations_and_scores_equal_transformers_one_row_at_a_time(tiny, corpu
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize(
+    "text, answer",
+    [(" cats\n\nQuestion: x", "cats"), ("cats\nQuestion", "cats"), ("\n\ncats", ""), ("cats\ndogs ", "cats\ndogs")],
+)
+def test_knowmem_is_cut_as_generated_and_then_stripped_and_verbmem_is_only_stripped(tiny, corpus, monkeypatch, text, answer):
+    model, tokenizer, _ = tiny
+    monkeypatch.setattr(eval, "generate", lambda model, prompts, *more: [tokenizer.encode_text(text)] * len(prompts))
+    rows = eval.evaluate_muse(model, tokenizer, "news", corpus, limit=1, progress=False)
+    assert [item["generation"] for part in eval.MUSE_NEW_TOKENS for item in rows[part].values()] == [
+        text.strip(),
+        answer,
+        answer,
+    ]
+
+
+@pytest.mark.parametrize("variant, f1", [("open-unlearning", 1.0), ("muse", 0.0)])
+def test_open_unlearning_stems_and_muse_does_not(tiny, corpus, monkeypatch, variant, f1):
+    model, tokenizer, _ = tiny
+    monkeypatch.setattr(eval, "generate", lambda model, prompts, *more: [tokenizer.encode_text("running")] * len(prompts))
+    inflected = {"question": "runs", "answer": "runs", "prompt": "runs", "gt": "runs runs", "text": "runs and runs"}
+    monkeypatch.setattr(eval, "load_muse", lambda *names: [inflected])
+    rows = eval.evaluate_muse(model, tokenizer, "news", variant=variant, progress=False)
+    assert [item["rougeL_f1"] for item in rows["forget_knowmem"].values()] == [f1]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_results_do_not_depend_on_the_batch_size(tiny, corpus, results, batch_size):
     variant, rows = results
