@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("dipo.py", "eval.py", "data.py", "model.py", "train.py")
+MUSE = ["rouge_f1", "knowmem_prompt", "cut_at_stop", "muse_min_k", "muse_retained_auc", "aggregate_muse"]
 EQUIVALENT = re.compile(r"^\| `(\w+)` \| `(.+)` \| .+ \|$", re.MULTILINE)
 
 
@@ -37,12 +38,12 @@ def equivalent_mutants() -> set[tuple[str, str]]:
 
 
 def pure_metrics() -> list[str]:
-    """The functions of eval.py's section of pure metrics."""
+    """The functions of eval.py's section of pure metrics, and MUSE's."""
     source = (ROOT / "eval.py").read_text(encoding="utf-8")
     headings = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith("# ----")]
     start = next(i for i in headings if "pure metrics" in source.splitlines()[i - 1])
     end = next(i for i in headings if i > start)
-    return [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and start < n.lineno < end]
+    return [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and start < n.lineno < end] + MUSE
 
 
 # --------------------------------------------------------------------------------------------------------------- mutmut
