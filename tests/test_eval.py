@@ -340,21 +340,24 @@ def test_our_400_rows_are_compared_with_the_first_300_of_the_authors_protocol(lo
         assert quality == expected and "first 300 of 400" in note
 
 
+@pytest.mark.parametrize("name", ["llama2-7b_full", "llama2-7b_retain90"])
 @pytest.mark.parametrize("part", AUTHORS.values())
-def test_rouge_of_the_authors_generations_is_the_stored_one(logs, part):
-    log = json.loads(logs("llama2-7b_full").read_text())[part]
-    for i in log["generated_text"]:
-        _, generation, reference = log["generated_text"][i]
-        assert eval.rouge(reference, generation)["rouge"] == pytest.approx(log["rougeL_recall"][i], abs=1e-12)
+def test_rouge_of_the_authors_generations_is_the_stored_one(logs, name, part):
+    log = json.loads(logs(name).read_text())[part]
+    for i, (_, generation, reference) in log["generated_text"].items():
+        scores = eval.rouge(reference, generation)
+        assert scores["rouge"] == pytest.approx(log["rougeL_recall"][i], abs=1e-12)
+        assert scores["rouge1"] == pytest.approx(log["rouge1_recall"][i], abs=1e-12)
 
 
+@pytest.mark.parametrize("log", ["full_forget10", "retain90"])
 @pytest.mark.parametrize("name", eval.SETS)
-def test_rouge_of_open_unlearnings_generations_is_the_stored_one(logs, name):
-    log = json.loads(logs("open-unlearning_Llama-3.2-1B_retain90").read_text())[f"{name}_Q_A_ROUGE"]["value_by_index"]
-    for item in log.values():
+def test_rouge_of_open_unlearnings_generations_is_the_stored_one(logs, log, name):
+    stored = json.loads(logs(f"open-unlearning_Llama-3.2-1B_{log}").read_text())[f"{name}_Q_A_ROUGE"]["value_by_index"]
+    for item in stored.values():
         scores = eval.rouge(item["ground_truth"], item["generation"])
-        stored = {"rouge": item["rougeL_recall"], "rouge_f1": item["rougeL_f1"], "rouge1": item["rouge1_recall"]}
-        assert scores == pytest.approx(stored, abs=1e-12)
+        expected = {"rouge": item["rougeL_recall"], "rouge_f1": item["rougeL_f1"], "rouge1": item["rouge1_recall"]}
+        assert scores == pytest.approx(expected, abs=1e-12)
 
 
 def scored(capsys, *arguments) -> dict:
