@@ -808,11 +808,6 @@ MUSE_SUMMARY_KEYS = ("extraction_strength", "forget_knowmem_ROUGE", "forget_verb
                      "retain_knowmem_ROUGE")  # fmt: skip
 
 
-def rouge_f1(reference: str, generation: str, stemmer: bool = True) -> float:
-    """ROUGE-L F1, MUSE's number for verbatim and knowledge memory."""
-    return rouge(reference, generation, stemmer)["rouge_f1"]
-
-
 def knowmem_prompt(icl_pairs: list[tuple[str, str]], question: str) -> str:
     """The pairs (question, answer) as examples, then the question. Ends with a space, as in both code bases."""
     examples = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in icl_pairs)
@@ -841,12 +836,11 @@ def muse_retained_auc(corpus: str) -> float:
     return 1 - MUSE_RETRAIN_AUC[corpus]["Min-40%"]
 
 
-def aggregate_muse(rows: dict[str, dict[str, dict]], retained_auc: float = 0.5) -> dict[str, float]:
+def aggregate_muse(rows: dict[str, dict[str, dict]], retained_auc: float | None = None) -> dict[str, float | None]:
     """MUSE's numbers from the items of `evaluate_muse`: three mean ROUGE-L F1 and two memorization scores (0 to 1), the AUC
     `mia_min_k` (1 = fully memorised) and `privleak` (percent).
 
-    retained_auc: of the retrained model, by `read_muse_retain` or `muse_retained_auc`; 0.5 is open-unlearning's where there
-    is none.
+    retained_auc: of the retrained model, by `read_muse_retain` or `muse_retained_auc`; without it `privleak` is None.
     """
 
     def mean(part, name):
@@ -856,7 +850,7 @@ def aggregate_muse(rows: dict[str, dict[str, dict]], retained_auc: float = 0.5) 
     scores |= {name: mean("forget_verbmem", name) for name in MEMORIZATION}
     forget, holdout = ([item["score"] for item in rows[part].values()] for part in MUSE_TEXTS)
     auc = membership_auc(forget, holdout)
-    return scores | {"mia_min_k": auc, "privleak": privleak(auc, retained_auc)}
+    return scores | {"mia_min_k": auc, "privleak": None if retained_auc is None else privleak(auc, retained_auc)}
 
 
 def muse_eval_json(rows: dict[str, dict[str, dict]], scores: dict[str, float]) -> dict:
@@ -1268,9 +1262,7 @@ class Muse:
         def run(journal):
             options = self.limit, self.stemmer, self.variant
             rows = evaluate_muse(model, tokenizer, self.corpus, self.data_dir, *options, label=label, journal=journal)
-            scores = aggregate_muse(rows)
-            del scores["privleak"]  # needs a reference
-            return rows, scores
+            return rows, aggregate_muse(rows)
 
         return keep_log(folder, name, record, run)
 
@@ -1295,9 +1287,7 @@ class Muse:
 
     def summary(self, log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
         """(MUSE's four numbers and more of a model, where); writes MUSE_EVAL.json, MUSE_SUMMARY.json and MUSE.csv too."""
-        scores = aggregate_muse(log["rows"], reference["mia_min_k"] if reference else 0.5)
-        if reference is None:
-            scores["privleak"] = None
+        scores = aggregate_muse(log["rows"], reference and reference["mia_min_k"])
         if log["path"]:
             path, result = Path(log["path"]), muse_eval_json(log["rows"], scores)
             write_json(path.with_name("MUSE_EVAL.json"), result, indent=4)

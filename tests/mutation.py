@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ("dipo.py", "eval.py", "data.py", "model.py", "train.py")
-MUSE = ["rouge_f1", "knowmem_prompt", "cut_at_stop", "muse_min_k", "muse_retained_auc", "aggregate_muse"]
+MUSE = ["knowmem_prompt", "cut_at_stop", "muse_min_k", "muse_retained_auc", "aggregate_muse"]
 EQUIVALENT = re.compile(r"^\| `(\w+)` \| `(.+)` \| .+ \|$", re.MULTILINE)
 
 

@@ -81,6 +81,10 @@ def test_privleak_is_the_auc_lost_against_the_retrained_model_in_percent(auc, re
     assert eval.privleak(auc) == pytest.approx(100 - 200 * auc, rel=1e-7, abs=1e-7)  # no retrained model: that has 0.5
 
 
+def test_privleak_against_a_model_that_remembers_everything_is_large_and_not_infinite():
+    assert eval.privleak(0.5, 1.0) == 0.5 / 1e-10 * 100
+
+
 def test_privleak_of_the_published_aucs_is_the_published_one():
     assert eval.privleak(0.99665, 0.3826124999) == pytest.approx(-99.457391, abs=5e-7)
 
