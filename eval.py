@@ -413,13 +413,14 @@ def compare(log: dict, reference: dict, where: str) -> tuple[float, str]:
 
 
 def log10(p: float | None) -> float | None:
-    return None if p is None else math.log10(p) if p > 0 else -math.inf
+    return None if p is None else math.log10(max(p, 5e-324))  # the least float: JSON has no minus infinity
 
 
 def open_unlearning_eval(log: dict, quality: float | None, retained_auc: float | None = None) -> dict:
     """Our log as open-unlearning's TOFU_EVAL.json: the same keys, sorted, and the same aggregate values.
 
-    Membership scores and `privleak` need a holdout set; `mia_gradnorm` and `mia_reference` are not computed.
+    Membership scores and `privleak` need a holdout set; `mia_gradnorm` and `mia_reference` are not computed. Without a
+    retained_auc, `privleak` is against 0.5, as open-unlearning has it (our own summary leaves it out).
     """
     rows, scores = log["rows"], log["scores"]
     result = {"forget_quality": {"agg_value": quality}}
@@ -1201,9 +1202,9 @@ class Tofu:
         """
         quality, where = quality_of(log, reference, where)
         scores = dict(log["scores"])
-        if "mia_min_k" in scores:
-            retained = (reference or {}).get("mia_min_k")
-            scores["privleak"] = privleak(scores["mia_min_k"], 0.5 if retained is None else retained)
+        retained = (reference or {}).get("mia_min_k")
+        if "mia_min_k" in scores and retained is not None:
+            scores["privleak"] = privleak(scores["mia_min_k"], retained)
         if log.get("path") and log.get("protocol"):
             save_open_unlearning(log, quality, reference)
         return summary_scores(scores, quality), where
