@@ -367,7 +367,8 @@ def with_truth_ratio(log: dict, mean: str) -> dict:
             else item
             for key, item in items.items()
         }
-    return log | {"rows": rows}
+    protocol = log["protocol"] and log["protocol"] | {"truth_ratio": mean}
+    return log | {"rows": rows, "protocol": protocol}
 
 
 def _same_text(a: str, b: str) -> bool:

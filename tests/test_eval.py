@@ -1115,6 +1115,17 @@ def test_main_prints_nothing_but_json_when_asked(tiny, other, capsys):
     assert found["forget_quality"] <= 1 and found["retain_reference"] == "the retrained model"
 
 
+def test_a_retain_log_is_brought_to_the_arithmetic_truth_ratio_of_the_evaluation(tiny, other, capsys, tmp_path):
+    run = tmp_path / "run"
+    save_pretrained(other.model, run / "model", tokenizer_from=other.tokenizer.folder)
+    assert run_main(capsys, run)[0] == 0
+    [log] = run.glob("eval/*/log.json")
+    code, out, _ = run_main(capsys, other.folder, "--retain-logs", log, "--truth-ratio", "arithmetic")
+    assert code == 0 and table_of(out)["forget_quality"] == ["1.0000"]
+    geometric, arithmetic = (scored(capsys, "--logs", log, "--truth-ratio", mean) for mean in ("geometric", "arithmetic"))
+    assert geometric["parts"]["retain_truth_ratio"] != arithmetic["parts"]["retain_truth_ratio"]
+
+
 def test_main_refuses_bad_input_in_one_line(tiny, capsys, tmp_path, evaluations):
     assert "toy_forget05" in assert_refused(capsys, tiny.folder, forget=("--forget", "toy_forget05"))
     assert "mine.jsonl" in assert_refused(capsys, tiny.folder, forget=("--forget", "mine.jsonl"))
