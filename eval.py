@@ -98,14 +98,14 @@ def truth_ratio(correct_loss: float, wrong_losses: list[float], mean: str = "geo
     mean: 'geometric', exp(-mean wrong loss), as the TOFU leaderboard, open-unlearning and the NPO code have it;
     'arithmetic', the mean of exp(-wrong loss), as the TOFU authors have it during training.
     """
-    if mean == "arithmetic":
+    if mean == "geometric":
+        wrong_loss = sum(wrong_losses) / len(wrong_losses)
+    else:
         least = min(wrong_losses)
         wrong_loss = least - math.log(sum(math.exp(least - x) for x in wrong_losses) / len(wrong_losses))
-    else:
-        wrong_loss = sum(wrong_losses) / len(wrong_losses)
     if epsilon == 0:
         return _exp(correct_loss - wrong_loss)  # exact, also where both probabilities underflow
-    return min(_exp(-wrong_loss) / (_exp(-correct_loss) + epsilon), _exp(700.0))
+    return _exp(-wrong_loss) / (_exp(-correct_loss) + epsilon)
 
 
 def _exp(x: float) -> float:
@@ -823,14 +823,14 @@ def cut_at_stop(text: str) -> str:
     return text
 
 
-def muse_min_k(log_probs: list[float], variant: str = "open-unlearning", k: float = 0.4) -> float:
-    """Minus the mean of the lowest share k of a text's token log-probabilities (nats, BOS not among them).
+def muse_min_k(log_probs: list[float], variant: str) -> float:
+    """Min-40%: minus the mean of the lowest 40 % of a text's token log-probabilities (nats, BOS not among them).
 
-    'muse': of all int(k N) lowest of N, at least one; 'open-unlearning': of the first 2048 tokens without the last of them.
+    'muse': of all int(0.4 N) lowest of N, at least one; 'open-unlearning': of the first 2048 but the last of them.
     """
     if variant == "muse":
-        return min_k([*log_probs, 0.0], k)  # min_k leaves the last one out: there it is EOS, here there is none
-    return min_k(log_probs[:MUSE_MAX_TOKENS], k)
+        return min_k([*log_probs, 0.0])  # min_k leaves the last one out: there it is EOS, here there is none
+    return min_k(log_probs[:MUSE_MAX_TOKENS])
 
 
 def muse_retained_auc(corpus: str) -> float:

@@ -196,6 +196,17 @@ def test_the_aggregate_is_the_mean_over_items_of_each_sets_own_number(rows):
     assert scores["model_utility"] == pytest.approx(statistics.harmonic_mean([scores[n] for n in eval.UTILITY_PARTS]))
 
 
+def test_the_aggregate_takes_a_stored_probability_and_adds_epsilon_where_the_field_does():
+    item = {"loss": 1.0, "correct_loss": 1.0, "wrong_losses": [2.0], "rouge": 0.5, "truth_ratio": 4.0}
+    rows = {name: {"a": item} for name in ("forget", "ra")}
+    scores = eval.aggregate(rows, epsilon=1.0)
+    assert scores["forget_truth_ratio"] == 1 / (4 + 1)
+    p, wrong = math.exp(-1), math.exp(-2)
+    assert scores["ra_probability"] == pytest.approx(p / (p + wrong + 1))
+    stored = {name: {"a": item | {"probability": 0.25}} for name in rows}
+    assert eval.aggregate(stored)["ra_probability"] == eval.aggregate(stored)["forget_probability"] == 0.25
+
+
 def test_the_forget_set_does_not_enter_model_utility_and_utility_needs_the_other_three():
     item = {"loss": 1.0, "correct_loss": 1.0, "wrong_losses": [2.0], "rouge": 0.5, "truth_ratio": 0.4}
     rows = {name: {"a": item} for name in eval.SETS}

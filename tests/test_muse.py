@@ -329,9 +329,9 @@ def test_min_k_is_minus_the_mean_of_the_lowest_forty_percent(log_probs):
         return -statistics.fmean(sorted(values)[: max(1, int(0.4 * len(values)))])
 
     assert eval.muse_min_k(log_probs, "muse") == pytest.approx(lowest(log_probs))
-    assert eval.muse_min_k(log_probs) == pytest.approx(lowest(log_probs[:-1]))
+    assert eval.muse_min_k(log_probs, "open-unlearning") == pytest.approx(lowest(log_probs[:-1]))
     long = [*log_probs, *[-1.0] * (2048 - len(log_probs)), *log_probs]
-    assert eval.muse_min_k(long) == pytest.approx(lowest(long[:2047]))
+    assert eval.muse_min_k(long, "open-unlearning") == pytest.approx(lowest(long[:2047]))
     assert eval.muse_min_k(long, "muse") == pytest.approx(lowest(long))
 
 

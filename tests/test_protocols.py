@@ -81,6 +81,10 @@ def test_privleak_is_the_auc_lost_against_the_retrained_model_in_percent(auc, re
     assert eval.privleak(auc) == pytest.approx(100 - 200 * auc, rel=1e-7, abs=1e-7)  # no retrained model: that has 0.5
 
 
+def test_an_answer_of_eos_alone_has_nothing_to_extract_or_memorize():
+    assert eval.extraction_strength([True]) == eval.exact_memorization([True]) == 0
+
+
 def test_privleak_against_a_model_that_remembers_everything_is_large_and_not_infinite():
     assert eval.privleak(0.5, 1.0) == 0.5 / 1e-10 * 100
 
