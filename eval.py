@@ -164,9 +164,7 @@ def extraction_strength(correct: list[bool]) -> float:
     1 / N where not even the last one is, as in open-unlearning.
     """
     n = len(correct) - 1
-    k = n
-    while k > 0 and correct[k - 1]:
-        k -= 1
+    k = max((i + 1 for i, right in enumerate(correct[:n]) if not right), default=0)
     return 1 - min(k, n - 1) / n if n else 0.0
 
 
