@@ -970,8 +970,8 @@ def evaluate_muse(
     stop = {*model.config.eos_token_ids, tokenizer.eos_id}
 
     done = Journal(journal)
-    to_score = {kind: [e for e in texts[kind] if f"score {e.key}" not in done.done] for kind in texts}
-    to_generate = {part: {k: p for k, p in prompts[part].items() if f"generation {k}" not in done.done} for part in prompts}
+    to_score = {kind: [e for e in texts[kind] if f"score {e.key}" not in done] for kind in texts}
+    to_generate = {part: {k: p for k, p in prompts[part].items() if f"generation {k}" not in done} for part in prompts}
     total = sum(map(len, (*texts.values(), *prompts.values())))
     started = total - sum(map(len, (*to_score.values(), *to_generate.values())))
     with tqdm(total=total, initial=started, desc=label, unit="text", disable=not progress, leave=False) as bar:
@@ -1004,7 +1004,7 @@ def evaluate_muse(
             if part in MUSE_TEXTS:
                 item |= scores
                 continue
-            generation = done.done[f"generation {key}"]
+            generation = done[f"generation {key}"]
             item["generation"] = (cut_at_stop(generation) if part in MUSE_QUESTIONS else generation).strip()
             scores_of_text = rouge(item["ground_truth"], item["generation"], stemmer)
             item |= {to: scores_of_text[name] for to, name in MUSE_ROUGE.items()}

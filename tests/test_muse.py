@@ -1,5 +1,6 @@
 """MUSE: files in every layout, running text cut into sequences, the numbers against independent ones, running a model."""
 
+import functools
 import json
 import math
 import os
@@ -18,12 +19,15 @@ pytest.importorskip("rouge_score")
 
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
+from test_eval import error_of as error_of_kind
 
 import data
 import eval
 from data import DataError
 from eval import EvalError
 from model import Llama, LlamaConfig, save_pretrained
+
+error_of = functools.partial(error_of_kind, kind=DataError)
 
 LETTERS = st.sampled_from("abcdefgh A.,'?\n\né👩")
 TEXTS = st.lists(st.text(LETTERS, max_size=60), min_size=1, max_size=4).filter(lambda texts: "".join(texts).strip())
@@ -32,15 +36,6 @@ LOG_PROBS = st.lists(st.floats(-30, 0), min_size=3, max_size=60)
 SCORES = st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=12)
 SENTENCES = st.text(st.sampled_from("abc XYZ running runs ran's\n.,é1"), max_size=60)
 ALL = [(config, split) for config, splits in data.MUSE_SPLITS.items() for split in splits]
-
-
-def error_of(call, *args, kind=DataError, **kwargs) -> str:
-    """The message of the error that the call raises: one line."""
-    with pytest.raises(kind) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 def rows_of(config: str, n: int = 3) -> list[dict[str, str]]:
