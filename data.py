@@ -9,7 +9,6 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -440,35 +439,36 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded examples for teacher forcing. Logits are wanted at `at` only: where answer tokens are predicted."""
+    """B sequences for teacher forcing, packed back to back in one row of N tokens. A of these predict an answer token."""
 
-    input_ids: Tensor  # [B, T] int64, everything but each sequence's last token, 0 in padding
-    at: Tensor  # [B, A] int64, positions whose next token is an answer token, 0 in padding
-    targets: Tensor  # [B, A] int64, those answer tokens, 0 in padding
-    mask: Tensor  # [B, A] bool, False in padding: told by length, never by token value
+    input_ids: Tensor  # [1, N] int64, everything but each sequence's last token
+    positions: Tensor  # [1, N] int64, 0, 1, ... anew for each sequence
+    at: Tensor  # [A] int64, where in N the next token is an answer token
+    targets: Tensor  # [A] int64, those answer tokens
+    lengths: tuple[int, ...]  # B numbers, their sum is N
+    answer_lengths: tuple[int, ...]  # B numbers, their sum is A
 
     def to(self, device: str | torch.device) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in vars(self).values()))
+
+    @property
+    def inputs(self) -> dict:
+        """Arguments of the model."""
+        return {k: getattr(self, k) for k in ("input_ids", "at", "positions", "lengths")}
 
 
-def collate(examples: list[Example]) -> Batch:
-    B, T, A = len(examples), max(len(e.ids) for e in examples) - 1, max(e.answer_length for e in examples)
-    input_ids, at, targets = (torch.zeros(B, n, dtype=torch.int64) for n in (T, A, A))
-    mask = torch.zeros(B, A, dtype=torch.bool)
-    for i, e in enumerate(examples):
-        ids, n, a = torch.tensor(e.ids), e.prompt_length, e.answer_length
-        input_ids[i, : len(e.ids) - 1] = ids[:-1]
-        at[i, :a] = torch.arange(n - 1, n - 1 + a)
-        targets[i, :a] = ids[n:]
-        mask[i, :a] = True
-    return Batch(input_ids, at, targets, mask)
-
-
-def micro_batches(examples: list[Example], size: int) -> Iterator[Batch]:
-    """Batches of at most `size`, similar lengths together so that little is padded."""
-    ordered = sorted(examples, key=lambda e: len(e.ids))
-    for i in range(0, len(ordered), size):
-        yield collate(ordered[i : i + size])
+def pack(examples: list[Example], hidden_id: int | None = None) -> Batch:
+    """hidden_id: a token of the prompts that is left out, its position too, so that no later token sees it."""
+    input_ids, positions, at, targets, lengths = [], [], [], [], []
+    for e in examples:
+        where = [i for i, token in enumerate(e.ids[:-1]) if token != hidden_id or i >= e.prompt_length - 1]
+        input_ids += [e.ids[i] for i in where]
+        positions += where
+        at += range(len(input_ids) - e.answer_length, len(input_ids))
+        targets += e.ids[e.prompt_length :]
+        lengths.append(len(where))
+    tensors = (torch.tensor(x, dtype=torch.int64) for x in ([input_ids], [positions], at, targets))
+    return Batch(*tensors, tuple(lengths), tuple(e.answer_length for e in examples))
 
 
 @lru_cache(maxsize=8)

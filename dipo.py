@@ -12,6 +12,9 @@ Shapes
 
 Half precision goes in, float32 is computed with and comes out; float64 stays float64.
 
+Every loss is a function of a sum over a sequence's positions, and each term of the sum needs that position's logits only.
+`dipo_scores`, `token_nll` and `token_kl` are those terms, for logits [..., V]; train.py calls them on chunks of positions.
+
 Notation (the paper's)
     z, z_ref     logits of the policy and of the frozen reference;  pi_theta = softmax(z),  pi_ref = softmax(z_ref)
     pi_m, pi_f   memory-enhancing and forgetting-promoting distribution: pi_theta shifted towards, and away from, its own
@@ -59,11 +62,15 @@ def sequence_kl(p_log_probs: Tensor, q_log_probs: Tensor, mask: Tensor) -> Tenso
     The sequence KL of TDPO, as the paper uses it. Both arguments are log-probabilities [B, T, V].
     """
     _check(mask, p_log_probs, q_log_probs)
+    return _masked_sum(token_kl(p_log_probs, q_log_probs), mask)
+
+
+def token_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
+    """KL(p || q) of next-token distributions, log-probabilities [..., V] -> [...], in nats."""
     p_log_probs, q_log_probs = _at_least_float32(p_log_probs), _at_least_float32(q_log_probs)
     p = p_log_probs.exp()
     # 0 log 0 = 0, also where a log-probability is -inf
-    kl = torch.where(p > 0, p * (p_log_probs - q_log_probs), 0.0).sum(-1)
-    return _masked_sum(kl, mask)
+    return torch.where(p > 0, p * (p_log_probs - q_log_probs), 0.0).sum(-1)
 
 
 # -------------------------------------------------------------------------------------------------------- the pair
@@ -84,16 +91,40 @@ def memory_vector(logits: Tensor, p: float = 0.05, filter: str = "both", center:
     assert logits.ndim >= 1 and 0 < p <= 1, f"logits [..., V] and 0 < p <= 1 expected, got {tuple(logits.shape)}, p = {p}"
     assert filter in FILTERS, f"filter {filter!r} is none of {FILTERS}"
     z = _at_least_float32(logits.detach())
-    by_probability = z >= z.amax(-1, keepdim=True) + math.log(p)
-    k = max(1, int(p * z.shape[-1] + 1e-6))
-    if filter == "relative":
-        keep = by_probability
-    else:
-        by_rank = z >= z.topk(k, sorted=False).values.amin(-1, keepdim=True)
-        keep = {"rank": by_rank, "both": by_rank & by_probability, "either": by_rank | by_probability}[filter]
+    keep = z >= confidence_threshold(z, p, filter)
     if center:
         z = z - z.mean(-1, keepdim=True)
     return torch.where(keep, z, 0.0)
+
+
+def confidence_threshold(z: Tensor, p: float, filter: str) -> Tensor:
+    """The least logit that counts as of high confidence, at each position: [..., V] -> [..., 1]."""
+    by_probability = z.amax(-1, keepdim=True) + math.log(p)
+    if filter == "relative":
+        return by_probability
+    k = max(1, int(p * z.shape[-1] + 1e-6))
+    if filter == "both":  # where at most k tokens pass the relative threshold, they are the k largest anyway
+        return torch.maximum(by_probability, kth_largest(z, k, (z >= by_probability).sum(-1) > k))
+    by_rank = z.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    return by_rank if filter == "rank" else torch.minimum(by_rank, by_probability)
+
+
+@torch.library.custom_op("dipo::kth_largest", mutates_args=())
+def kth_largest(z: Tensor, k: int, where: Tensor) -> Tensor:
+    """The k-th largest of z's last dimension at the positions `where` [...], -inf elsewhere -> [..., 1].
+
+    Top-k over a vocabulary costs more than the rest of the loss, and hardly any position needs it. An operator of its
+    own, because torch.compile could not fuse across such a branch.
+    """
+    result = z.new_full((*z.shape[:-1], 1), -math.inf)
+    if where.any():
+        result[where] = z[where].topk(k, sorted=False).values.amin(-1, keepdim=True)
+    return result
+
+
+@kth_largest.register_fake
+def _(z: Tensor, k: int, where: Tensor) -> Tensor:
+    return z.new_empty((*z.shape[:-1], 1))
 
 
 def preference_pair(
@@ -107,22 +138,6 @@ def preference_pair(
     z = _at_least_float32(logits.detach())
     m = memory_vector(z, p, filter, center)
     return z + alpha * m, z - alpha * m
-
-
-def swapped_roles(memory_logits: Tensor, forgetting_logits: Tensor) -> Tensor:
-    """True [B, T] where pi_m gives the high-confidence tokens *less* probability than pi_f does.
-
-    That happens when the kept raw logits are negative, as all logits of some model families are: then z + m lowers
-    them, "memory-enhancing" forgets, and training would do the opposite of what it says. Our check, because m = z on
-    the kept tokens is not invariant to adding a constant to all logits, although softmax(z) is.
-
-    The other tokens have the same logits in both, so their share is U / Z_m against U / Z_f: the kept tokens lose by
-    z + alpha m exactly if it has the smaller normaliser.
-
-    Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
-    tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
-    """
-    return memory_logits.logsumexp(-1) < forgetting_logits.logsumexp(-1)
 
 
 # ---------------------------------------------------------------------------------------------------- reward margin
@@ -161,9 +176,52 @@ def reward_margin_from_logits(
     same number with less rounding, and a third of the [B, T, V] tensors.
     """
     _check(mask, logits, ref_logits, preferred_probs, dispreferred_probs)
-    preference = (preferred_probs - dispreferred_probs).detach()
+    return beta * _masked_sum(_scores(logits, ref_logits, preferred_probs - dispreferred_probs), mask)
+
+
+def _scores(logits: Tensor, ref_logits: Tensor, preference: Tensor) -> Tensor:
     difference = _at_least_float32(logits) - _at_least_float32(ref_logits.detach())
-    return beta * _masked_sum((preference * difference).sum(-1), mask)
+    return (preference.detach() * difference).sum(-1)
+
+
+def dipo_scores(
+    logits: Tensor,
+    ref_logits: Tensor,
+    role: str = "forget",
+    alpha: float = 1.0,
+    p: float = 0.05,
+    filter: str = "both",
+    center: bool = False,
+    pair_from: str = "policy",
+) -> tuple[Tensor, Tensor]:
+    """(< pi_w - pi_l, z_t - z_ref,t > [...], swapped [...] bool) for the pair that the model's own logits [..., V] make.
+
+    role: 'forget' prefers pi_f to pi_m, 'retain' prefers pi_m to pi_f.
+    pair_from: 'policy' builds the pair from z, anew at each step (the paper); 'reference' from z_ref (our ablation).
+
+    swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
+    logits are negative, as all logits of some model families are: then z + m lowers them, "memory-enhancing" forgets,
+    and training would do the opposite of what it says. Our check, because m = z on the kept tokens is not invariant to
+    adding a constant to all logits, although softmax(z) is. The other tokens have the same logits in both, so their
+    share is U / Z_m against U / Z_f: the kept tokens lose by z + alpha m exactly if it has the smaller normaliser Z_m.
+
+    Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
+    tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
+    """
+    assert role in ROLES, f"role {role!r} is none of {ROLES}"
+    assert pair_from in ("policy", "reference"), f"pair_from {pair_from!r} is neither 'policy' nor 'reference'"
+    memory, forgetting = preference_pair(logits if pair_from == "policy" else ref_logits, alpha, p, filter, center)
+    (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
+    scores = _scores(logits, ref_logits, pi_f - pi_m if role == "forget" else pi_m - pi_f)
+    return scores, log_z_m < log_z_f
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(softmax [..., V], its log-normaliser [...]) with one exponential per logit."""
+    top = logits.amax(-1, keepdim=True)
+    e = (logits - top).exp()
+    total = e.sum(-1, keepdim=True)
+    return e / total, (top + total.log()).squeeze(-1)
 
 
 def dipo_margin(
@@ -172,29 +230,21 @@ def dipo_margin(
     mask: Tensor,
     role: str = "forget",
     beta: float = 0.05,
-    alpha: float = 1.0,
-    p: float = 0.05,
-    filter: str = "both",
-    center: bool = False,
-    pair_from: str = "policy",
     reduction: str = "sum",
+    **pair,
 ) -> tuple[Tensor, Tensor]:
-    """(u [B], swapped [B, T] bool): the margin for the pair that the model's own logits make, and where its roles swap.
+    """(u [B], swapped [B, T] bool): the margin of each sequence, and where the roles of its pair swap.
 
-    role: 'forget' prefers pi_f to pi_m, 'retain' prefers pi_m to pi_f.
-    pair_from: 'policy' builds the pair from z, anew at each step (the paper); 'reference' from z_ref (our ablation).
     reduction: 'sum' over answer tokens (the sequence KL of Eq. 14) or 'mean' (ours, for long texts).
+    pair: alpha, p, filter, center, pair_from, as in `dipo_scores`.
     """
     _check(mask, logits, ref_logits)
-    assert role in ROLES, f"role {role!r} is none of {ROLES}"
-    assert pair_from in ("policy", "reference"), f"pair_from {pair_from!r} is neither 'policy' nor 'reference'"
     assert reduction in ("sum", "mean"), f"reduction {reduction!r} is neither 'sum' nor 'mean'"
-    memory, forgetting = preference_pair(logits if pair_from == "policy" else ref_logits, alpha, p, filter, center)
-    preferred, dispreferred = (forgetting, memory) if role == "forget" else (memory, forgetting)
-    u = reward_margin_from_logits(logits, ref_logits, preferred.softmax(-1), dispreferred.softmax(-1), mask, beta)
+    scores, swapped = dipo_scores(logits, ref_logits, role, **pair)
+    u = beta * _masked_sum(scores, mask)
     if reduction == "mean":
         u = u / mask.sum(-1).clamp(min=1)
-    return u, swapped_roles(memory, forgetting) & mask
+    return u, swapped & mask
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
@@ -236,8 +286,13 @@ def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """-log p(y | x), summed over answer tokens -> [B]. Gradient descent (retain) is its token mean, ascent its negative."""
     _check(mask, logits)
     assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
+    return _masked_sum(token_nll(logits, targets), mask)
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target token: logits [..., V], targets [...] int64 -> [...]."""
     z = _at_least_float32(logits)
-    return _masked_sum(z.logsumexp(-1) - z.gather(-1, targets[..., None]).squeeze(-1), mask)
+    return z.logsumexp(-1) - z.gather(-1, targets[..., None]).squeeze(-1)
 
 
 def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 0.1) -> Tensor:
@@ -246,7 +301,11 @@ def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, 
     arXiv 2404.05868; open-unlearning's NPO. Tends to gradient ascent as beta -> 0.
     """
     _check(mask, logits, ref_logits)
-    gap = nll(logits, targets, mask) - nll(ref_logits.detach(), targets, mask)
+    return negative_preference_loss(nll(logits, targets, mask) - nll(ref_logits.detach(), targets, mask), beta)
+
+
+def negative_preference_loss(gap: Tensor, beta: float = 0.1) -> Tensor:
+    """NPO of gap = nll_theta - nll_ref [B] -> [B]."""
     return -(2 / beta) * F.logsigmoid(beta * gap)
 
 

@@ -17,12 +17,14 @@ import os
 import re
 import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data import (
@@ -34,13 +36,13 @@ from data import (
     Example,
     Row,
     Tokenizer,
-    collate,
     evaluation_sets,
     fingerprint,
     hub_file,
     is_muse,
     load_muse,
     load_rows,
+    pack,
     split_spec,
 )
 from model import Llama, ModelError, generate, load_pretrained, resolve_folder
@@ -508,46 +510,56 @@ def score_answers(
 ) -> list[dict]:
     """{'loss'} of each example's answer, in order; with `detailed`, memorization and membership scores too.
 
-    Teacher-forced in length-sorted batches of about `budget` tokens, the output head at answer positions only.
+    Teacher-forced in packed batches of about `budget` tokens, the output head at answer positions only.
     hidden_id: a token that no later one may see (Protocol.mask_quirk). on_batch: called with {index: scores}.
     """
     results: list[dict] = [{}] * len(examples)
     detailed = detailed or [False] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: (detailed[i], len(examples[i].ids)))
-    while order:
-        n = max(1, min(len(order), budget // len(examples[order[-1]].ids)))
-        more = detailed[order[-1]]
-        n = sum(detailed[i] == more for i in order[-n:])
-        chunk, order = order[-n:], order[:-n]  # longest first: running out of memory shows at once
-        batch = collate([examples[i] for i in chunk]).to(model.device)
-        mask = None
-        if hidden_id is not None:
-            T = batch.input_ids.shape[1]
-            seen = (batch.input_ids != hidden_id)[:, None, None]
-            mask = torch.ones(T, T, dtype=torch.bool, device=model.device).tril() & seen
-            mask = mask | torch.eye(T, dtype=torch.bool, device=model.device)
-        logits = model(batch.input_ids, batch.at, mask=mask)
-        token_losses = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
-        mean = token_losses.masked_fill(~batch.mask, 0).sum(-1) / batch.mask.sum(-1)
-        scored = {i: {"loss": loss} for i, loss in zip(chunk, mean.tolist(), strict=True)}
-        if more:
-            log_p = logits.log_softmax(-1)
-            expected = (log_p.exp() * log_p).sum(-1)
-            variance = (log_p.exp() * (log_p - expected[..., None]).square()).sum(-1)  # not E x^2 - (E x)^2: it cancels
-            deviation = variance.clamp(min=1e-6).sqrt()
-            columns = [(logits.argmax(-1) == batch.targets), -token_losses, (-token_losses - expected) / deviation]
-            for row, i in enumerate(chunk):
-                correct, log_probs, standard = (c[row, : examples[i].answer_length].tolist() for c in columns)
-                scored[i] |= {
-                    "exact_memorization": exact_memorization(correct),
-                    "extraction_strength": extraction_strength(correct),
-                    "mia_min_k": min_k(log_probs),
-                    "mia_min_k_plus_plus": min_k(standard),
-                }
-        for i, scores in scored.items():
-            results[i] = scores
-        on_batch(scored)
+    for more in (True, False):  # what needs most memory first: running out of it shows at once
+        wanted = [i for i, d in enumerate(detailed) if d == more]
+        for chunk in _chunks(wanted, examples, budget):
+            batch = pack([examples[i] for i in chunk], hidden_id).to(model.device)
+            logits = model(**batch.inputs)
+            token_losses = F.cross_entropy(logits, batch.targets, reduction="none")
+            columns = [token_losses]
+            if more:
+                log_p = logits.log_softmax(-1)
+                expected = (log_p.exp() * log_p).sum(-1)
+                # not E x^2 - (E x)^2: it cancels
+                variance = (log_p.exp() * (log_p - expected[..., None]).square()).sum(-1)
+                deviation = variance.clamp(min=1e-6).sqrt()
+                columns += [(logits.argmax(-1) == batch.targets), -token_losses, (-token_losses - expected) / deviation]
+            rows = zip(*(c.cpu().split(batch.answer_lengths) for c in columns), strict=True)
+            scored = {i: _scores(*row) for i, row in zip(chunk, rows, strict=True)}
+            for i, scores in scored.items():
+                results[i] = scores
+            on_batch(scored)
     return results
+
+
+def _chunks(wanted: list[int], examples: list[Example], budget: int) -> Iterator[list[int]]:
+    """`wanted` in groups of at most `budget` tokens, or of one example that is longer; longest examples first."""
+    chunk, tokens = [], 0
+    for i in sorted(wanted, key=lambda i: -len(examples[i].ids)):
+        if chunk and tokens + len(examples[i].ids) > budget:
+            yield chunk
+            chunk, tokens = [], 0
+        chunk, tokens = [*chunk, i], tokens + len(examples[i].ids)
+    if chunk:
+        yield chunk
+
+
+def _scores(losses: Tensor, correct: Tensor | None = None, log_probs: Tensor | None = None, standard=None) -> dict:
+    scores = {"loss": losses.mean().item()}
+    if correct is not None:
+        correct = correct.tolist()
+        scores |= {
+            "exact_memorization": exact_memorization(correct),
+            "extraction_strength": extraction_strength(correct),
+            "mia_min_k": min_k(log_probs.tolist()),
+            "mia_min_k_plus_plus": min_k(standard.tolist()),
+        }
+    return scores
 
 
 class Journal:
@@ -918,16 +930,12 @@ def score_texts(
     positions' logits: for a text, that is all of it.
     """
     results: list[dict] = [{}] * len(examples)
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    while order:
-        n = max(1, min(len(order), budget // len(examples[order[-1]].ids)))
-        chunk, order = order[-n:], order[:-n]
-        batch = collate([examples[i] for i in chunk]).to(model.device)
-        logits = model(batch.input_ids, batch.at)
-        log_probs = -F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+    for chunk in _chunks(list(range(len(examples))), examples, budget):
+        batch = pack([examples[i] for i in chunk]).to(model.device)
+        log_probs = -F.cross_entropy(model(**batch.inputs), batch.targets, reduction="none")
         scored = {}
-        for row, i in enumerate(chunk):
-            values = log_probs[row, : examples[i].answer_length].tolist()
+        for i, values in zip(chunk, log_probs.split(batch.answer_lengths), strict=True):
+            values = values.tolist()
             scored[i] = {"score": muse_min_k(values, variant), "loss": -sum(values) / len(values)}
             results[i] = scored[i]
         on_batch(scored)

@@ -8,6 +8,7 @@ It says so with a ModelError instead of computing something else.
 """
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -21,6 +22,8 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -152,9 +155,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x.float()
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (h * self.weight.float()).to(x.dtype)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -193,6 +194,33 @@ class KVCache:
         self.data = self.data[:, :, rows]
 
 
+class Packing:
+    """Sequences back to back in one row: each attends causally to itself alone."""
+
+    def __init__(self, lengths: Iterable[int], device: torch.device):
+        self.lengths, self.longest = list(lengths), max(lengths)
+        self.borders = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, H, N, K], k and v [1, G, N, K] -> [1, H, N, K]."""
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            repeat = q.shape[1] // k.shape[1]
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
+            ends = self.borders, self.borders, self.longest, self.longest
+            return varlen_attn(q, k, v, *ends, window_size=(-1, 0)).transpose(0, 1)[None]
+        return self._one_by_one(q, k, v)
+
+    @torch.compiler.disable  # the lengths are another at every step: nothing to compile for
+    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([causal_attention(*part) for part in parts], dim=2)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+
+
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig, layer: int):
         super().__init__()
@@ -202,7 +230,9 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.groups * self.k)
         self.o_proj = Linear(self.heads * self.k, c.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, packing: Packing | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.k).transpose(1, 2)  # [B, H, T, K]
         k = self.k_proj(x).view(B, T, self.groups, self.k).transpose(1, 2)  # [B, G, T, K]
@@ -210,8 +240,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        gqa = self.heads != self.groups
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        y = packing.attend(q, k, v) if packing is not None else causal_attention(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -234,8 +263,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None, packing=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, packing)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -257,6 +286,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.checkpointing = False  # True: keep each block's input only, and compute it again in the backward pass
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
@@ -279,7 +309,11 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.lm_head.weight.device
 
-    def forward(
+    def forward(self, input_ids: Tensor, at: Tensor | None = None, **where) -> Tensor:
+        """Next-token logits, float32: [B, T, V], or [A, V] for the positions `at` only. Arguments as in `hidden`."""
+        return self.lm_head(self.hidden(input_ids, at, **where)).float()
+
+    def hidden(
         self,
         input_ids: Tensor,
         at: Tensor | None = None,
@@ -287,24 +321,31 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
+        lengths: Iterable[int] | None = None,
     ) -> Tensor:
-        """Next-token logits, float32: [B, T, V], or [B, A, V] for the positions `at` [B, A] only.
+        """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
-        input_ids [B, T] int64, padded on the right unless `positions` [B, T] (rotary) and `mask` (bool, True = may be
-        seen, broadcastable to [B, 1, T, S]) say otherwise. Causal attention never sees padding to the right.
+        input_ids: [B, T] int64, padded on the right unless `positions` [B, T] (rotary) and `mask` (bool, True = may be
+            seen, broadcastable to [B, 1, T, S]) say otherwise. Causal attention never sees padding to the right.
+        at: [A] int64, into the B * T positions one row after the other.
+        lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` restart with each.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         angles = positions[..., None].float() * self.frequencies.to(input_ids.device)  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
+        packing = Packing(lengths, x.device) if lengths is not None else None
         for block in self.model.layers:
-            x = block(x, cos, sin, mask, cache)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, cache, packing, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, mask, cache, packing)
         if cache is not None:
             cache.length += input_ids.shape[1]
         if at is not None:
-            x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-        return self.lm_head(self.model.norm(x)).float()
+            x = x.flatten(0, 1)[at]
+        return self.model.norm(x)
 
     def frozen_copy(self) -> "Llama":
         """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does."""
@@ -356,12 +397,12 @@ def generate(
     cache = KVCache(model.config, B, S, device, model.compute_dtype)
     stop_ids = model.config.eos_token_ids if stop_ids is None else tuple(stop_ids)
     stop = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-    last = torch.full((B, 1), T - 1, device=device)
+    last = torch.arange(1, B + 1, device=device) * T - 1
     logits = model(ids.to(device), at=last, positions=positions, mask=mask, cache=cache)
     rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
     out: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
-        token = logits[:, -1].argmax(-1)
+        token = logits.argmax(-1)
         alive &= ~torch.isin(token, stop)
         for row, t, go in zip(rows.tolist(), token.tolist(), alive.tolist(), strict=True):
             if go:
@@ -374,7 +415,7 @@ def generate(
             rows, token, ahead, seen = rows[alive], token[alive], ahead[alive], seen[alive]
             alive = alive[alive]
         mask = seen[:, None, None, : T + step + 1]
-        logits = model(token[:, None], positions=(ahead + step)[:, None], mask=mask, cache=cache)
+        logits = model(token[:, None], positions=(ahead + step)[:, None], mask=mask, cache=cache)[:, -1]
     return out
 
 

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -20,13 +21,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import dipo
@@ -35,7 +39,6 @@ from data import (
     CHECKPOINTS,
     MUSE_CHECKPOINTS,
     PROMPT_FORMATS,
-    Batch,
     DataError,
     Example,
     Tokenizer,
@@ -45,8 +48,8 @@ from data import (
     is_muse,
     load_rows,
     load_texts,
-    micro_batches,
     muse_chunks,
+    pack,
     toy_world,
     train_toy_tokenizer,
 )
@@ -100,7 +103,7 @@ class Config:
     lr: float = option(1e-5, "peak learning rate of AdamW (betas 0.9, 0.999; eps 1e-8)")
     epochs: float = option(10.0, "passes over the forget (or finetuning) set")
     batch_size: int = option(32, "effective batch, forget sequences per step (and as many retain sequences)")
-    micro_batch_size: int = option(8, "sequences per forward pass; changes memory and speed only")
+    micro_batch_size: int = option(8, "sequences per forward pass, forget and retain; changes memory and speed only")
     warmup_epochs: float = option(1.0, "linear warm-up, epochs")
     schedule: str = option(
         "linear", "learning rate after the warm-up: linear decay to zero, or constant", ("linear", "constant")
@@ -113,6 +116,10 @@ class Config:
     dtype: str = option(
         "auto", "of activations; master weights are float32; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
     )
+    reference: str = option(
+        "cached", "hidden states of one pass before training, or a second model", ("cached", "recompute")
+    )
+    gradient_checkpointing: bool = option(False, "keep one activation per block, compute the others again: less memory")
     compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
     # evaluation
     eval: bool = option(True, "evaluate target and unlearned model")
@@ -194,68 +201,114 @@ def make_config(given: dict) -> Config:
 # ---------------------------------------------------------------------------------------------------------------- step
 
 
-def loss_sum(name: str, role: str, config: Config, logits: Tensor, ref_logits: Tensor | None, batch: Batch) -> tuple:
-    """(summed loss of a micro-batch, summed margin or None, swapped positions or None).
+NEEDS_REFERENCE = ("dipo", "npo", "kl")
+PER_SEQUENCE = ("dipo", "npo")  # their loss is a mean over sequences, that of the others one over tokens
+CHUNK = 2**25  # logits (positions times vocabulary) that the loss holds at a time: 64 MiB in bfloat16
 
-    dipo and npo are means over sequences, the others means over tokens: `compute_gradients` divides by whichever it
-    is, counted over the whole effective batch.
+
+def position_scores(
+    name: str, role: str, config: Config, logits: Tensor, ref_logits: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(score, negative log-likelihood without gradient, whether the roles swap) of each position; logits [n, V] -> [n].
+
+    Summed over a sequence, the scores are what `sequence_losses` turns into its loss.
     """
+    if name in ("gd", "ga"):
+        nll = dipo.token_nll(logits, targets)
+        return (nll if name == "gd" else -nll), nll.detach(), torch.zeros_like(targets)
+    nll, swapped = dipo.token_nll(logits.detach(), targets), torch.zeros_like(targets)
     if name == "dipo":
-        beta = config.forget_beta if role == "forget" else config.retain_beta
         pair = {"alpha": config.alpha, "p": config.p, "filter": config.filter, "center": config.center}
-        pair |= {"pair_from": config.pair_from, "reduction": config.reduction}
-        u, swapped = dipo.dipo_margin(logits, ref_logits, batch.mask, role, beta, **pair)
-        return dipo.bradley_terry_loss(u).sum(), u.detach().sum(), swapped.sum()
+        scores, swapped = dipo.dipo_scores(logits, ref_logits, role, pair_from=config.pair_from, **pair)
+    elif name == "npo":
+        scores = dipo.token_nll(logits, targets) - dipo.token_nll(ref_logits, targets)
+    else:
+        scores = dipo.token_kl(ref_logits.float().log_softmax(-1), logits.float().log_softmax(-1))
+    return scores, nll, swapped
+
+
+def sequence_losses(name: str, role: str, config: Config, scores: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """(loss, margin or None) of each sequence [b] from the scores of its answer positions."""
+    sums = torch.stack([s.sum() for s in scores])
+    if name == "dipo":
+        u = sums * (config.forget_beta if role == "forget" else config.retain_beta)
+        if config.reduction == "mean":
+            u = u / torch.tensor([len(s) for s in scores], device=u.device)
+        return dipo.bradley_terry_loss(u), u.detach()
     if name == "npo":
-        return dipo.npo_loss(logits, ref_logits, batch.targets, batch.mask, config.forget_beta).sum(), None, None
-    if name == "kl":
-        return dipo.kl_loss(logits, ref_logits, batch.mask).sum(), None, None
-    sign = -1.0 if name == "ga" else 1.0
-    return sign * dipo.nll(logits, batch.targets, batch.mask).sum(), None, None
+        return dipo.negative_preference_loss(sums, config.forget_beta), None
+    return sums, None
 
 
-def compute_gradients(model: Llama, reference: Llama | None, config: Config, parts: dict[str, tuple], loss_fn) -> dict:
+def whole_sequences(roles: list[str], lengths: tuple[int, ...], limit: int) -> Iterator[tuple[str, slice, slice]]:
+    """(role, which sequences, which positions): runs of one role with at most `limit` positions, or one longer sequence."""
+    starts = [0, *itertools.accumulate(lengths)]
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i == len(lengths) or roles[i] != roles[first] or starts[i + 1] - starts[first] > limit:
+            yield roles[first], slice(first, i), slice(starts[first], starts[i])
+            first = i
+
+
+def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, tuple], score_fn=position_scores) -> dict:
     """Gradients of one effective batch into model.parameters().grad; returns what log.jsonl holds of it.
 
     parts: role -> (loss name, weight, examples). Each loss is normalised over all examples of its part, so the size of
     micro-batches changes nothing but rounding.
+
+    Forget and retain sequences share each forward pass. The output head and the loss then run on a few whole sequences
+    at a time, forward and backward, and leave the gradient of the final hidden states; the blocks are passed backward
+    once, from there. A sequence too long for that goes through the head piece by piece, and once more going backward.
     """
-    metrics, total, swapped, positions = {}, 0.0, 0, 0
-    for role, (name, weight, examples) in parts.items():
-        tokens = sum(e.answer_length for e in examples)
-        divisor = len(examples) if name in ("dipo", "npo") else tokens
-        loss, margin, likelihood = 0.0, 0.0, 0.0
-        for batch in micro_batches(examples, config.micro_batch_size):
-            batch = batch.to(model.device)
-            logits, ref_logits = model(batch.input_ids, batch.at), None
-            if name in ("dipo", "npo", "kl"):
-                with torch.no_grad():
-                    ref_logits = reference(batch.input_ids, batch.at)
-            part, u, swaps = loss_fn(name, role, config, logits, ref_logits, batch)
-            (weight * part / divisor).backward()
-            loss += part.detach() / divisor
-            if name not in ("gd", "ga"):  # of these two the loss is the likelihood already
-                likelihood += dipo.nll(logits.detach(), batch.targets, batch.mask).sum() / tokens
-            if u is not None:
-                margin, swapped = margin + u / divisor, swapped + swaps
-        likelihood = {"gd": loss, "ga": -loss}.get(name, likelihood)
-        metrics |= {f"loss/{role}": float(loss), f"nll/{role}": float(likelihood)}
-        if name == "dipo":
-            metrics[f"margin/{role}"] = float(margin)
-            positions += tokens
-        total += weight * float(loss)
-        metrics["tokens"] = metrics.get("tokens", 0) + sum(len(e.ids) for e in examples)
-        metrics["answer_tokens"] = metrics.get("answer_tokens", 0) + tokens
+    tokens = {role: sum(e.answer_length for e in examples) for role, (_, _, examples) in parts.items()}
+    divisors = {role: len(part[2]) if part[0] in PER_SEQUENCE else tokens[role] for role, part in parts.items()}
+    sums = {f"{key}/{role}": 0.0 for key in ("loss", "nll", "margin") for role in parts} | {"swapped": 0}
+    limit = max(1, CHUNK // model.config.vocab_size)
+
+    def score(name, role, hidden, targets, ref_hidden):
+        ref_logits = F.linear(ref_hidden, reference.head) if name in NEEDS_REFERENCE else None
+        return score_fn(name, role, config, model.lm_head(hidden), ref_logits, targets)
+
+    queue = [(role, example) for role, (_, _, examples) in parts.items() for example in examples]
+    for i in range(0, len(queue), config.micro_batch_size):
+        roles, examples = zip(*queue[i : i + config.micro_batch_size], strict=True)
+        batch = pack(examples).to(model.device)
+        hidden = model.hidden(**batch.inputs)  # [A, D]
+        leaf = hidden.detach().requires_grad_()
+        for role, rows, at in whole_sequences(roles, batch.answer_lengths, limit):
+            name, weight, _ = parts[role]
+            ref_hidden = reference.hidden(examples[rows]) if name in NEEDS_REFERENCE else hidden[at].detach()
+            pieces = leaf[at].split(limit), batch.targets[at].split(limit)
+            pieces = [(name, role, *piece, ref) for *piece, ref in zip(*pieces, ref_hidden.split(limit), strict=True)]
+            if len(pieces) == 1:
+                scored = [score(*pieces[0])]
+            else:
+                scored = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
+            scores, nll, swapped = (torch.cat(x) for x in zip(*scored, strict=True))
+            losses, margins = sequence_losses(name, role, config, scores.split(batch.answer_lengths[rows]))
+            loss = losses.sum() / divisors[role]
+            (weight * loss).backward()
+            sums[f"loss/{role}"] += loss.detach()
+            sums[f"nll/{role}"] += nll.sum() / tokens[role]
+            if name == "dipo":
+                sums[f"margin/{role}"] += margins.sum() / divisors[role]
+            sums["swapped"] += swapped.sum()
+        hidden.backward(leaf.grad)
+    metrics = {"loss": sum(weight * float(sums[f"loss/{role}"]) for role, (_, weight, _) in parts.items())}
+    for role, (name, _, _) in parts.items():
+        keys = ("loss", "nll", "margin") if name == "dipo" else ("loss", "nll")
+        metrics |= {f"{key}/{role}": float(sums[f"{key}/{role}"]) for key in keys}
+    metrics |= {"tokens": sum(len(e.ids) for _, e in queue), "answer_tokens": sum(tokens.values())}
     grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
     if config.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, grad_norm)
-    metrics = {"loss": total} | metrics | {"grad_norm": float(grad_norm)}
+    metrics["grad_norm"] = float(grad_norm)
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
-    if positions:
-        metrics["swapped"] = int(swapped) / positions
-        dipo.check_roles(int(swapped), positions)
+    if positions := sum(tokens[role] for role, (name, _, _) in parts.items() if name == "dipo"):
+        metrics["swapped"] = int(sums["swapped"]) / positions
+        dipo.check_roles(int(sums["swapped"]), positions)
     return metrics
 
 
@@ -273,6 +326,83 @@ def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
     vectors = [p for p in model.parameters() if p.ndim < 2]  # norms are not decayed, as in Hugging Face's trainer
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+IN_MEMORY = 2**32  # bytes of stored states; what is larger lies in a file of the run folder
+
+
+class CachedReference:
+    """The frozen start without a second model: at step 0 the policy *is* the reference.
+
+    One pass stores its final hidden states at the answer positions, [positions, D] in the compute dtype, so that
+    z_ref = states times the initial output head is what a second model would compute. In host memory, or past IN_MEMORY
+    in a memory-mapped file that `close` removes.
+    """
+
+    def __init__(self, model: Llama, examples: list[Example], config: Config, file: Path):
+        examples = list(dict.fromkeys(examples))
+        starts = [0, *itertools.accumulate(e.answer_length for e in examples)]
+        self.rows = {e: slice(*ends) for e, ends in zip(examples, itertools.pairwise(starts), strict=True)}
+        self.device, self.file = model.device, None
+        self.head = model.lm_head.weight.detach().to(model.compute_dtype, copy=True)
+        shape = starts[-1], model.config.hidden_size
+        size = math.prod(shape) * self.head.element_size()
+        where = "in memory"
+        if size > IN_MEMORY:
+            self.file, where = file, f"in {file} while training"
+            try:
+                with file.open("wb") as f:
+                    os.posix_fallocate(f.fileno(), 0, size)
+            except OSError as e:
+                file.unlink(missing_ok=True)
+                raise RunError(f"{file}: no room for {size:,} bytes ({e.strerror}); pass --reference recompute") from None
+            self.states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype).view(shape)
+        else:
+            self.states = torch.empty(shape, dtype=self.head.dtype)
+        print(f"reference: final hidden states at {shape[0]:,} answer positions, {size / 1e6:,.0f} MB {where}", flush=True)
+        with torch.no_grad(), tqdm(total=len(examples), desc="reference", unit="sequence", leave=False) as bar:
+            for i in range(0, len(examples), config.micro_batch_size):
+                part = examples[i : i + config.micro_batch_size]
+                batch = pack(part).to(model.device)
+                self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = model.hidden(**batch.inputs)
+                bar.update(len(part))
+
+    def hidden(self, examples: list[Example]) -> Tensor:
+        """[A, D] on the model's device: the states at the answer positions of these examples."""
+        return torch.cat([self.states[self.rows[e]] for e in examples]).to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.unlink(missing_ok=True)
+
+
+class RecomputedReference:
+    """The plain way: a frozen copy of the model, and a second forward pass at every step."""
+
+    def __init__(self, model: Llama):
+        self.model = model.frozen_copy()
+        self.head = self.model.lm_head.weight
+
+    @torch.no_grad()
+    def hidden(self, examples: list[Example]) -> Tensor:
+        return self.model.hidden(**pack(examples).to(self.model.device).inputs)
+
+    def close(self) -> None:
+        pass
+
+
+def make_reference(model: Llama, config: Config, forget: list[Example], retain: list[Example], steps: int, out: Path):
+    """The reference of the run's losses, or None where they need none. `model` must be the start of the run."""
+    losses = {"forget": (config.forget_loss, forget), "retain": (config.retain_loss, retain)}
+    needed = {role: examples for role, (name, examples) in losses.items() if name in NEEDS_REFERENCE}
+    if config.finetune or not needed:
+        return None
+    if config.reference == "recompute":
+        return RecomputedReference(model)
+    drawn = [e for role, x in needed.items() for e in draw(x, config.seed, role, 0, steps * config.batch_size)]
+    return CachedReference(model, drawn, config, out / "reference.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
@@ -348,8 +478,7 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def train(model: Llama, reference: Llama | None, config: Config, forget: list[Example], retain: list[Example], out: Path,
-          on_epoch=None) -> int:  # fmt: skip
+def train(model: Llama, config: Config, forget: list[Example], retain: list[Example], out: Path, on_epoch=None) -> int:
     """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
 
     forget: the forget examples, or the finetuning examples (then retain is empty and `config.finetune` set).
@@ -364,17 +493,18 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
         count = int(config.epochs / config.eval_every + 1e-9)
         evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
         evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
-    optimizer = make_optimizer(model, config)
+    optimizer, score_fn = make_optimizer(model, config), position_scores
+    model.checkpointing = config.gradient_checkpointing
+    if config.compile if config.compile is not None else model.device.type == "cuda":
+        score_fn = torch.compile(position_scores, dynamic=True)
+        for block in model.model.layers:
+            block.compile(dynamic=True)
+    reference = make_reference(model, config, forget, retain, steps, out)
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
     kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
     log.write_text("".join(line + "\n" for line in kept))
 
-    loss_fn = loss_sum
-    if config.compile if config.compile is not None else model.device.type == "cuda":
-        loss_fn = torch.compile(loss_sum, dynamic=True)
-        for block in model.model.layers:
-            block.compile(dynamic=True)
     if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
         on_epoch(start, evaluate_at[start], start == steps)
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
@@ -394,7 +524,7 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
                 group["lr"] = lr
             with Interrupt() as interrupt:
                 try:
-                    metrics = compute_gradients(model, reference, config, parts, loss_fn)
+                    metrics = compute_gradients(model, reference, config, parts, score_fn)
                 except (RunError, dipo.SwappedRolesError) as e:
                     save_checkpoint(out, step, model, optimizer)
                     where = f"the state before this step is in {out / 'checkpoint'}"
@@ -415,6 +545,8 @@ def train(model: Llama, reference: Llama | None, config: Config, forget: list[Ex
                 raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
             if step + 1 in evaluate_at:
                 on_epoch(step + 1, evaluate_at[step + 1], step + 1 == steps)
+    if reference:
+        reference.close()
     return steps
 
 
@@ -563,11 +695,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
         tqdm.write(f"epoch {epoch:g}: {benchmark.headline(record)}")
 
-    needs_reference = {config.forget_loss, config.retain_loss} & {"dipo", "npo", "kl"} and not config.finetune
-    reference = model.frozen_copy() if needs_reference else None
     forget = examples.get("finetune") or examples["forget"]
-    train(model, reference, config, forget, examples.get("retain", []), out, on_epoch if wants_eval else None)
-    del reference
+    train(model, config, forget, examples.get("retain", []), out, on_epoch if wants_eval else None)
     if not (out / "model").exists():
         save_pretrained(model, out / "model", tokenizer.folder)
     summary = {"model": str(out / "model")}

@@ -66,6 +66,11 @@ def pair_for(role, memory, forgetting):
     return (forgetting, memory) if role == "forget" else (memory, forgetting)
 
 
+def swapped_roles(z, alpha=1.0, p=0.05, filter="both", center=False):
+    """Where the pair made of z has its roles swapped."""
+    return dipo.dipo_scores(z, z, "forget", alpha, p, filter, center)[1]
+
+
 def gradient(f, x):
     x = x.detach().clone().requires_grad_()
     (g,) = torch.autograd.grad(f(x).sum(), x)
@@ -328,7 +333,7 @@ def test_memory_distribution_remembers_and_forgetting_distribution_forgets(case,
     kept = dipo.memory_vector(z, p, filter) != 0
     more, mass, less = (torch.where(kept, x.softmax(-1), 0.0).sum(-1) for x in (memory, z, forgetting))
     assert (more >= mass - 1e-12).all() and (mass >= less - 1e-12).all()
-    assert not dipo.swapped_roles(memory, forgetting).any()
+    assert not swapped_roles(z, alpha, p, filter).any()
 
 
 @given(MODERATE, FILTERS, FRACTIONS, st.floats(0.1, 3.0), st.booleans())
@@ -339,7 +344,7 @@ def test_swapped_means_less_mass_on_the_kept_tokens(case, filter, p, alpha, cent
     kept = dipo.memory_vector(z, p, filter, center) != 0
     gained = torch.where(kept, memory.softmax(-1) - forgetting.softmax(-1), 0.0).sum(-1)
     clear = (gained.abs() > 1e-9) & ~kept.all(-1)
-    assert (dipo.swapped_roles(memory, forgetting) == (gained < 0))[clear].all()
+    assert (swapped_roles(z, alpha, p, filter, center) == (gained < 0))[clear].all()
 
 
 @given(MODERATE, ROLES, SOURCES)
@@ -348,8 +353,7 @@ def test_negative_logits_swap_the_roles_and_are_refused(case, role, pair_from):
     z, z_ref, mask = case
     assume(mask.any() and z.shape[-1] > 1)
     z, z_ref = z - z.max() - 1, z_ref - z_ref.max() - 1
-    memory, forgetting = dipo.preference_pair(z)
-    assert dipo.swapped_roles(memory, forgetting).all()
+    assert swapped_roles(z).all()
     with pytest.raises(dipo.SwappedRolesError, match="--center"):
         dipo.dipo_loss(z, z_ref, mask, role, pair_from=pair_from)
     assert not (dipo.dipo_margin(z, z_ref, mask)[1] & ~mask).any()
@@ -651,7 +655,7 @@ def test_a_step_down_the_loss_moves_away_from_pi_l_and_towards_pi_w(case, role, 
     the slope and the range of the step bound (the curvature of D along g is a variance, at most range(g)^2 / 4)."""
     z, z_ref, mask = case
     memory, forgetting = dipo.preference_pair(z, alpha, p, filter, center)
-    mask = mask & ~dipo.swapped_roles(memory, forgetting)
+    mask = mask & ~swapped_roles(z, alpha, p, filter, center)
     w, l = log_softmax(*pair_for(role, memory, forgetting))  # noqa: E741
     options = {"role": role, "filter": filter, "p": p, "alpha": alpha, "center": center}
     g = -gradient(lambda x: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, **options)[0]), z)
@@ -691,7 +695,7 @@ def test_arbitrary_pairs_may_have_the_wrong_direction():
     assert (pi - l) @ (w - l) < -0.1
     z = torch.tensor([[[-12.0, -11.0, -11.0, -5.0]]], dtype=torch.float64)
     m = dipo.memory_vector(z, 0.5, "rank")
-    assert dipo.swapped_roles(*dipo.preference_pair(z, p=0.5, filter="rank")).all()
+    assert swapped_roles(z, p=0.5, filter="rank").all()
     assert slopes(z, m, 1.0)[0].item() < -0.01
 
 
