@@ -312,6 +312,13 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
     return metrics
 
 
+def compile_step(model: Llama):
+    """Compile the blocks in place, and position_scores, which is returned."""
+    for block in model.model.layers:
+        block.compile(dynamic=True)
+    return torch.compile(position_scores, dynamic=True)
+
+
 def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then linear decay to zero, or constant. The first step already learns (Hugging Face's has 0 there)."""
     if step < warmup:
@@ -496,9 +503,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     optimizer, score_fn = make_optimizer(model, config), position_scores
     model.checkpointing = config.gradient_checkpointing
     if config.compile if config.compile is not None else model.device.type == "cuda":
-        score_fn = torch.compile(position_scores, dynamic=True)
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        score_fn = compile_step(model)
     reference = make_reference(model, config, forget, retain, steps, out)
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
