@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -265,8 +266,8 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
     sums = {f"{key}/{role}": 0.0 for key in ("loss", "nll", "margin") for role in parts} | {"swapped": 0}
     limit = max(1, CHUNK // model.config.vocab_size)
 
-    def score(name, role, hidden, targets, ref_hidden):
-        ref_logits = F.linear(ref_hidden, reference.head) if name in NEEDS_REFERENCE else None
+    def score(name, role, hidden, targets, ref_hidden=None):
+        ref_logits = None if ref_hidden is None else F.linear(ref_hidden, reference.head)
         return score_fn(name, role, config, model.lm_head(hidden), ref_logits, targets)
 
     queue = [(role, example) for role, (_, _, examples) in parts.items() for example in examples]
@@ -277,13 +278,12 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
         leaf = hidden.detach().requires_grad_()
         for role, rows, at in whole_sequences(roles, batch.answer_lengths, limit):
             name, weight, _ = parts[role]
-            ref_hidden = reference.hidden(examples[rows]) if name in NEEDS_REFERENCE else hidden[at].detach()
-            pieces = leaf[at].split(limit), batch.targets[at].split(limit)
-            pieces = [(name, role, *piece, ref) for *piece, ref in zip(*pieces, ref_hidden.split(limit), strict=True)]
-            if len(pieces) == 1:
-                scored = [score(*pieces[0])]
-            else:
-                scored = [checkpoint(score, *piece, use_reentrant=False) for piece in pieces]
+            inputs = [leaf[at], batch.targets[at]]
+            if name in NEEDS_REFERENCE:
+                inputs.append(reference.hidden(examples[rows]))
+            once = at.stop - at.start <= limit
+            run = score if once else partial(checkpoint, score, use_reentrant=False)
+            scored = [run(name, role, *piece) for piece in zip(*(x.split(limit) for x in inputs), strict=True)]
             scores, nll, swapped = (torch.cat(x) for x in zip(*scored, strict=True))
             losses, margins = sequence_losses(name, role, config, scores.split(batch.answer_lengths[rows]))
             loss = losses.sum() / divisors[role]

@@ -401,8 +401,9 @@ def table(results: dict[str, dict], counted: dict, ceiling: float) -> str:
         rows.append([
             NAMES[variant], f"{1e3 * r['seconds']:,.0f}", f"{counted['tokens'] / r['seconds']:,.0f}",
             f"{counted['answer_tokens'] / r['seconds']:,.0f}", f"{r['above'] / 1e6:,.0f}", f"{r['peak'] / 1e6:,.0f}",
-            f"{flops / r['seconds'] / ceiling:.0%}", f"{r['field_ratio']:.2f}" if "field_ratio" in r else "",
-            f"{r['above'] / field['above']:.2f}" if field else "", f"{r['seconds'] / floor['seconds']:.2f}" if floor else "",
+            f"{flops / r['seconds'] / ceiling:.0%}", f"{r['field_ratio']:.2f}" if field else "",
+            f"{r['above'] / field['above']:.2f}" if field else "",
+            f"{r['ratio_to_first'] / floor['ratio_to_first']:.2f}" if floor else "",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
