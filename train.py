@@ -513,7 +513,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
         on_epoch(start, evaluate_at[start], start == steps)
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
-    with log.open("a") as log_file, bar:
+    with log.open("a") as log_file, bar, contextlib.closing(reference) if reference else contextlib.nullcontext():
         for step in range(start, steps):
             began = time.perf_counter()
             first, count = step * config.batch_size, config.batch_size
@@ -550,8 +550,6 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
                 raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
             if step + 1 in evaluate_at:
                 on_epoch(step + 1, evaluate_at[step + 1], step + 1 == steps)
-    if reference:
-        reference.close()
     return steps
 
 

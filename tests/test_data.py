@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -375,52 +374,70 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 
 @st.composite
 def some_examples(draw) -> list[Example]:
-    """Token ids from a tiny vocabulary, so that 0, the padding value, is also EOS and any other token."""
+    """Token ids from a tiny vocabulary, so that any token is also EOS, and the one that is hidden."""
     ids = st.lists(st.integers(0, 3), min_size=2, max_size=9)
     sequences = draw(st.lists(ids, min_size=1, max_size=7))
     return [Example(f"x/{i}", tuple(s), draw(st.integers(1, len(s) - 1))) for i, s in enumerate(sequences)]
 
 
-def unpack(batch: data.Batch) -> list[tuple[tuple[int, ...], int]]:
-    """(ids, prompt length) of each sequence, from mask, positions and targets alone."""
-    found = []
-    for input_ids, at, targets, mask in zip(*vars(batch).values(), strict=True):
-        prompt_length = int(at[0]) + 1
-        found.append(((*input_ids[:prompt_length].tolist(), *targets[mask].tolist()), prompt_length))
+def sequences(batch: data.Batch) -> list[tuple[list, list, list, list]]:
+    """(tokens, positions, where an answer token is predicted, targets) of each sequence, told apart by length alone."""
+    by_token = zip(*(x[0].split(batch.lengths) for x in (batch.input_ids, batch.positions)), strict=True)
+    by_answer = zip(*(x.split(batch.answer_lengths) for x in (batch.at, batch.targets)), strict=True)
+    found, start = [], 0
+    for (ids, positions), (at, targets) in zip(by_token, by_answer, strict=True):
+        found.append((ids.tolist(), positions.tolist(), (at - start).tolist(), targets.tolist()))
+        start += len(ids)
     return found
 
 
 @given(some_examples())
 def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
-    assert unpack(data.collate(examples)) == [(e.ids, e.prompt_length) for e in examples]
+    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets in sequences(data.pack(examples))]
+    assert found == [(e.ids, e.prompt_length) for e in examples]
 
 
 @given(some_examples())
-@claim("each target is the token after its position; padding is told by length", "ours")
-def test_each_target_is_the_token_after_its_position_and_padding_is_told_by_length(examples):
-    batch = data.collate(examples)
-    assert batch.input_ids.shape[1] == max(len(e.ids) for e in examples) - 1
-    assert batch.mask.shape == batch.at.shape == batch.targets.shape
-    assert batch.mask.sum(1).tolist() == [e.answer_length for e in examples]
-    for e, input_ids, at, targets, mask in zip(examples, *vars(batch).values(), strict=True):
-        assert input_ids.tolist() == [*e.ids[:-1]] + [0] * (len(input_ids) - len(e.ids) + 1)
-        assert [e.ids[i + 1] for i in at[mask].tolist()] == targets[mask].tolist()
-        assert not at[~mask].any() and not targets[~mask].any()
-        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+@claim("each target is the token after its position; sequences are told apart by length", "ours")
+def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apart_by_length(examples):
+    batch = data.pack(examples)
+    assert batch.input_ids.shape == batch.positions.shape == (1, sum(batch.lengths))
+    assert batch.at.shape == batch.targets.shape == (sum(batch.answer_lengths),)
+    assert batch.lengths == tuple(len(e.ids) - 1 for e in examples)
+    assert batch.answer_lengths == tuple(e.answer_length for e in examples)
+    for e, (ids, positions, at, targets) in zip(examples, sequences(batch), strict=True):
+        assert (*ids, targets[-1]) == e.ids and positions == list(range(len(ids)))
+        assert at == list(range(e.prompt_length - 1, len(ids))) and [e.ids[i + 1] for i in at] == targets
 
 
-@given(some_examples(), st.integers(1, 9))
-def test_micro_batches_cover_every_example_once(examples, size):
-    batches = list(data.micro_batches(examples, size))
-    assert Counter(u for b in batches for u in unpack(b)) == Counter((e.ids, e.prompt_length) for e in examples)
-    assert len(batches) == -(-len(examples) // size) and all(len(b.mask) <= size for b in batches)
-    widths = [b.input_ids.shape[1] for b in batches]
-    assert widths == sorted(widths)
+@given(some_examples(), st.integers(0, 3))
+def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examples, hidden):
+    """Where the first answer token is predicted from it, and in the answer, it stays."""
+    whole, batch = data.pack(examples), data.pack(examples, hidden)
+    assert torch.equal(batch.targets, whole.targets) and batch.answer_lengths == whole.answer_lengths
+    for e, (ids, positions, at, targets) in zip(examples, sequences(batch), strict=True):
+        before_last = range(e.prompt_length - 1)
+        assert set(range(len(e.ids) - 1)) - set(positions) == {i for i in before_last if e.ids[i] == hidden}
+        assert positions == sorted(set(positions)) and ids == [e.ids[i] for i in positions]
+        assert [positions[i] for i in at] == list(range(e.prompt_length - 1, len(e.ids) - 1))
+        assert [e.ids[positions[i] + 1] for i in at] == targets
+    absent = data.pack(examples, 4)
+    assert all(torch.equal(getattr(absent, k), getattr(whole, k)) for k in ("input_ids", "positions", "at", "targets"))
+
+
+@given(some_examples(), some_examples())
+def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
+    parts, whole = [data.pack(x) for x in (first, second)], data.pack(first + second)
+    assert [x for part in parts for x in sequences(part)] == sequences(whole)
+    assert whole.at.tolist() == parts[0].at.tolist() + [sum(parts[0].lengths) + i for i in parts[1].at.tolist()]
 
 
 def test_a_batch_moves_as_a_whole():
-    batch = data.collate([Example("x/0", (1, 2, 3), 1)]).to("meta")
-    assert all(t.is_meta for t in vars(batch).values())
+    moved = data.pack([Example("x/0", (1, 2, 3), 1)]).to("meta")
+    tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
+    assert len(tensors) == 4 and all(t.is_meta for t in tensors)
+    assert (moved.lengths, moved.answer_lengths) == ((2,), (2,))
+    assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths"}
 
 
 SEEDS, SIZES = st.integers(0, 5), st.integers(1, 12)

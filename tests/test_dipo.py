@@ -258,6 +258,39 @@ def test_relative_threshold_is_closed():
     assert (dipo.memory_vector(z, 0.5, "relative") != 0).tolist() == [True, True, False]
 
 
+@given(cases(), st.integers(1, 60), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 2**31))
+def test_kth_largest_is_that_of_a_sort_at_the_positions_asked_for(case, k, share, seed):
+    z, k = case[0], min(k, case[0].shape[-1])
+    where = torch.rand(z.shape[:-1], generator=torch.Generator().manual_seed(seed)) < share
+    for rows, wanted in ((z, where), (z[0], where[0]), (z[0, 0], where[0, 0])):
+        expected = rows.sort(-1, descending=True).values[..., k - 1 : k]
+        found = dipo.kth_largest(rows, k, wanted)
+        assert found.dtype == z.dtype and found.shape == (*rows.shape[:-1], 1)
+        assert torch.equal(found, torch.where(wanted[..., None], expected, -math.inf))
+
+
+@settings(max_examples=10)
+@given(cases(), st.booleans())
+def test_kth_largest_is_an_operator_that_torch_compile_can_trace(case, everywhere):
+    z, _, mask = case
+    torch.library.opcheck(dipo.kth_largest, (z, max(1, z.shape[-1] // 2), mask | everywhere))
+
+
+@given(cases(), FRACTIONS, st.booleans(), st.sampled_from([torch.float64, torch.float32]))
+def test_both_is_the_intersection_of_rank_and_relative_at_flat_positions_too(case, p, center, dtype):
+    """Where many tokens pass the relative threshold, beside positions where hardly one does."""
+    z, _, flat = case
+    z = torch.where(flat[..., None], z / z.abs().amax().clamp(min=1) * 0.1, z).to(dtype)
+    both, rank, relative = (z >= dipo.confidence_threshold(z, p, f) for f in ("both", "rank", "relative"))
+    assert torch.equal(both, rank & relative)
+    if p <= 0.5:
+        assert relative[flat].all()
+    m, by_rank, by_probability = (dipo.memory_vector(z, p, f, center) for f in ("both", "rank", "relative"))
+    assert torch.equal(m, torch.where(rank & relative, by_rank, 0.0)) and torch.equal(
+        m, torch.where(both, by_probability, 0.0)
+    )
+
+
 @given(cases(), FRACTIONS, FILTERS, st.booleans())
 @claim("no position is left without a kept token: the likeliest one passes every filter", "the pair")
 def test_the_likeliest_token_is_kept_at_every_position(case, p, filter, center):
@@ -312,6 +345,15 @@ def test_centred_memory_vector_ignores_the_constant_that_softmax_ignores(case, c
 
 
 # ------------------------------------------------------------------------------------------------------------ the pair
+
+
+@given(cases(), st.sampled_from([torch.float64, torch.float32]))
+def test_softmax_with_its_normaliser_is_torchs(case, dtype):
+    z = case[0].to(dtype)
+    probabilities, normaliser = dipo._softmax(z)
+    tolerance = {"rtol": 1e-12, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-7}
+    assert_close(probabilities, z.softmax(-1), **tolerance)
+    assert_close(normaliser, z.logsumexp(-1), **tolerance)
 
 
 @given(cases(), FILTERS, FRACTIONS, st.floats(0.01, 3.0), st.booleans())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -758,6 +759,18 @@ def test_losses_do_not_depend_on_the_batch(tiny, sets, budget):
     assert losses == pytest.approx([eval.score_answers(tiny.model, [e])[0]["loss"] for e in examples], rel=1e-4)
 
 
+@given(st.lists(st.integers(2, 60), max_size=12), st.integers(1, 150), st.data())
+def test_examples_are_scored_once_each_within_the_budget_the_longest_first(sizes, budget, draw):
+    examples = [data.Example(f"x/{i}", (0,) * n, 1) for i, n in enumerate(sizes)]
+    wanted = [i for i in range(len(sizes)) if draw.draw(st.booleans())]
+    chunks = list(eval._chunks(wanted, examples, budget))
+    flat = [i for chunk in chunks for i in chunk]
+    assert sorted(flat) == wanted and [sizes[i] for i in flat] == sorted((sizes[i] for i in wanted), reverse=True)
+    assert all(chunk and (len(chunk) == 1 or sum(sizes[i] for i in chunk) <= budget) for chunk in chunks)
+    for one, other in itertools.pairwise(chunks):  # no more chunks than needed
+        assert sum(sizes[i] for i in one) + sizes[other[0]] > budget
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_results_do_not_depend_on_the_batch_size(tiny, sets, results, batch_size):
     again = eval.evaluate(tiny.model, tiny.tokenizer, sets, max_new_tokens=8, batch_size=batch_size, progress=False)
@@ -893,7 +906,7 @@ def test_our_open_unlearning_file_has_the_published_ones_keys(logs, tiny, four_s
         assert shape(value) == shape(published[key]), key
 
 
-@pytest.mark.parametrize("function, calls", [("collate", 2), ("generate", 1)])
+@pytest.mark.parametrize("function, calls", [("pack", 2), ("generate", 1)])
 def test_an_interrupted_evaluation_goes_on_from_what_it_has(tiny, four_sets, tmp_path, monkeypatch, function, calls):
     whole = eval.evaluate_and_save(tiny.model, tiny.tokenizer, four_sets, tmp_path / "whole", "final", 4)
     monkeypatch.setattr(eval, "score_answers", functools.partial(eval.score_answers, budget=200))

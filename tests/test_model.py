@@ -133,11 +133,23 @@ def test_a_later_token_changes_no_earlier_logit(name, start, one_end, other_end)
 
 
 @quick
-@given(names, sequences, st.data())
-def test_logits_at_positions_are_the_slice_of_all_logits(name, ids, data):
-    at = data.draw(st.lists(st.integers(0, len(ids) - 1), min_size=1, max_size=6))
-    full = logits_of(tiny(name), ids)
-    assert distance(logits_of(tiny(name), ids, at=torch.tensor([at])), full[:, at]) < TOLERANCE
+@given(names, st.integers(1, 3), st.integers(1, 24), st.data())
+def test_logits_at_positions_are_the_slice_of_all_logits(name, B, T, data):
+    """Counted through all rows, one after the other, in any order and repeated."""
+    rows = data.draw(st.lists(st.lists(tokens, min_size=T, max_size=T), min_size=B, max_size=B))
+    at = data.draw(st.lists(st.integers(0, B * T - 1), min_size=1, max_size=6))
+    found = logits_of(tiny(name), *rows, at=torch.tensor(at))
+    assert distance(found, logits_of(tiny(name), *rows).flatten(0, 1)[at]) < TOLERANCE
+
+
+@quick
+@given(names, sequences)
+def test_logits_are_the_head_of_the_hidden_states(name, ids):
+    model = tiny(name)
+    with torch.no_grad():
+        hidden = model.hidden(torch.tensor([ids]))
+    assert hidden.shape == (1, len(ids), model.config.hidden_size) and hidden.dtype == model.compute_dtype
+    assert torch.equal(model.lm_head(hidden), logits_of(model, ids))
 
 
 @quick
@@ -148,6 +160,108 @@ def test_padding_to_the_right_changes_nothing(name, rows, pad):
     together = logits_of(tiny(name), *(row + [pad] * (longest - len(row)) for row in rows))
     for row, batched in zip(rows, together, strict=True):
         assert distance(logits_of(tiny(name), row)[0], batched[: len(row)]) < TOLERANCE
+
+
+@lru_cache
+def float64(name: str, checkpointing: bool = False) -> Llama:
+    """`tiny` in float64, but for its norms, angles and logits, which are float32 whatever the rest is."""
+    model = copy.deepcopy(tiny(name)).double()
+    model.compute_dtype, model.checkpointing = torch.float64, checkpointing
+    return model
+
+
+def packed(rows: list[list[int]]) -> dict:
+    """Arguments of the model."""
+    positions = [i for row in rows for i in range(len(row))]
+    return {
+        "input_ids": torch.tensor([sum(rows, [])]),
+        "positions": torch.tensor([positions]),
+        "lengths": [len(row) for row in rows],
+    }
+
+
+def padded(rows: list[list[int]], pad: int) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+
+
+def gradients(model: Llama, logits: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Of every parameter, for a loss that weighs each logit of each sequence [T, V] differently."""
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((z.softmax(-1) * torch.randn(z.shape, generator=generator)).sum() for z in logits)
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def assert_same_gradients(found, expected) -> None:
+    size = max(g.abs().max().item() for g in expected)
+    assert size > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * size)
+
+
+@quick
+@given(names, batches, tokens, st.booleans())
+@claim("packing changes no logit and no gradient", "ours")
+def test_packing_changes_no_logit_and_no_gradient(name, rows, pad, checkpointing):
+    model, plain = float64(name, checkpointing), float64(name)
+    together = model(**packed(rows))[0].split([len(row) for row in rows])
+    one_by_one = [plain(torch.tensor([row]))[0] for row in rows]
+    batch = [z[: len(row)] for z, row in zip(plain(padded(rows, pad)), rows, strict=True)]
+    for z, *others in zip(together, one_by_one, batch, strict=True):
+        assert all(distance(z, other) < 1e-5 for other in others)
+    found = gradients(model, together)
+    assert_same_gradients(found, gradients(plain, one_by_one))
+    assert_same_gradients(found, gradients(plain, batch))
+
+
+@quick
+@given(names, batches, batches, batches, batches)
+def test_a_packed_sequence_changes_nothing_in_another(name, before, after, other_before, other_after):
+    row = [7, 8, 9, 10]
+    found = []
+    for first, last in ((before, after), (other_before, other_after), ([], after), (before, [])):
+        with torch.no_grad():
+            z = float64(name)(**packed([*first, row, *last]))[0]
+        start = sum(map(len, first))
+        found.append(z[start : start + len(row)])
+    assert all(distance(found[0], z) < 1e-5 for z in found[1:])
+
+
+@quick
+@given(names, batches, st.data())
+def test_no_gradient_flows_from_a_packed_sequence_into_another(name, rows, data):
+    which, embedded = data.draw(st.integers(0, len(rows) - 1)), []
+    model = float64(name)
+    with model.model.embed_tokens.register_forward_hook(lambda *a: embedded.append(a[-1])):
+        z = model(**packed(rows))[0].split([len(row) for row in rows])[which]
+    (grad,) = torch.autograd.grad(z.square().sum(), embedded)
+    flows = (grad[0] != 0).any(-1)
+    start = sum(map(len, rows[:which]))
+    assert flows[start : start + len(rows[which])].all() and flows.sum() == len(rows[which])
+
+
+@quick
+@given(names, batches, st.booleans())
+@claim("gradient checkpointing changes no logit and no gradient", "ours")
+def test_gradient_checkpointing_changes_no_logit_and_no_gradient(name, rows, is_packed):
+    arguments = packed(rows) if is_packed else {"input_ids": padded(rows, 0)}
+    one, other = (float64(name, checkpointing) for checkpointing in (False, True))
+    found, expected = other(**arguments), one(**arguments)
+    assert torch.equal(found, expected)
+    for a, b in zip(gradients(other, [*found]), gradients(one, [*expected]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gradient_checkpointing_passes_each_block_twice_and_only_where_gradients_are_wanted():
+    model, calls = copy.deepcopy(float64("llama3", True)), []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda *a: calls.append(torch.is_grad_enabled()))
+    arguments = packed([[1, 2, 3], [4]])
+    with torch.no_grad():
+        model(**arguments)
+    assert len(calls) == len(model.model.layers)
+    model(**arguments).sum().backward()
+    assert len(calls) == 3 * len(model.model.layers)
 
 
 @quick

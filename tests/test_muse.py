@@ -268,12 +268,15 @@ def test_every_token_behind_bos_is_predicted_from_those_before_it(words, texts, 
         chunks = data.muse_chunks(texts, words[0], length, chunking)
     except DataError:
         return
-    batch = data.collate(chunks)
-    for row, chunk in enumerate(chunks):
-        n = chunk.answer_length
-        assert batch.mask[row].sum() == n == len(chunk.ids) - 1
-        assert tuple(batch.targets[row, :n].tolist()) == chunk.ids[1:] and batch.at[row, :n].tolist() == list(range(n))
-        assert tuple(batch.input_ids[row, :n].tolist()) == chunk.ids[:-1]
+    batch = data.pack(chunks)
+    assert batch.lengths == batch.answer_lengths
+    rows = zip(*(x.split(batch.lengths) for x in (batch.input_ids[0], batch.at, batch.targets)), strict=True)
+    start = 0
+    for chunk, n, (input_ids, at, targets) in zip(chunks, batch.answer_lengths, rows, strict=True):
+        assert len(at) == n == chunk.answer_length == len(chunk.ids) - 1
+        assert tuple(targets.tolist()) == chunk.ids[1:] and at.tolist() == list(range(start, start + n))
+        assert tuple(input_ids.tolist()) == chunk.ids[:-1]
+        start += n
 
 
 @pytest.mark.parametrize(

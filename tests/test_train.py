@@ -1,6 +1,7 @@
 """The loop and its command line: gradients, order, resume, the run folder, bad input. All on a tiny Llama."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from claims import claim
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import data
@@ -69,63 +70,236 @@ def records(folder) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-def gradients(tiny, losses, micro, order=None):
-    model = load_pretrained(tiny)
+LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
+REFERENCED = [losses for losses in LOSSES if {*losses} & {*train.NEEDS_REFERENCE}]
+OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
+
+
+@functools.lru_cache(maxsize=1)
+def seven(tiny) -> dict[str, list[data.Example]]:
+    """Seven examples of each role, the fifth with an answer three times as long."""
     tokenizer = data.Tokenizer(tiny)
-    forget = tokenizer.encode_rows(data.load_rows("toy_forget10[:7]"))
-    retain = tokenizer.encode_rows(data.load_rows("toy_retain90[:7]"))
-    if order is not None:
-        forget, retain = [forget[i] for i in order], [retain[i] for i in order]
-    reference = model.frozen_copy()
-    with torch.no_grad():  # away from the reference, where the margin and the KL are zero
+    examples = {}
+    for role, name in (("forget", "toy_forget10[:7]"), ("retain", "toy_retain90[:7]")):
+        examples[role] = tokenizer.encode_rows(data.load_rows(name))
+        e = examples[role][4]
+        examples[role][4] = dataclasses.replace(e, ids=e.ids + 2 * e.ids[e.prompt_length :])
+    return examples
+
+
+def move(model: Llama) -> None:
+    """Away from the reference, where the margin and the KL are zero."""
+    with torch.no_grad():
         for p in model.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    config = train.Config(micro_batch_size=micro, forget_loss=losses[0], retain_loss=losses[1])
-    parts = {"forget": (losses[0], 1.0, forget), "retain": (losses[1], 0.5, retain)}
+
+
+def flat_gradient(model: Llama) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def gradients(tiny, losses, micro, order=range(7), score_fn=train.position_scores, out=Path("unused"), **options):
+    """Of one step of a float64 model that is away from its reference; norms are float32 there, too."""
+    model = load_pretrained(tiny, dtype=torch.float64)
+    examples = {role: [x[i] for i in order] for role, x in seven(tiny).items()}
+    options = {"forget_loss": losses[0], "retain_loss": losses[1], "lam": 0.5, "reference": "recompute"} | options
+    config = train.Config(micro_batch_size=micro, batch_size=7, **options)
+    reference = train.make_reference(model, config, examples["forget"], examples["retain"], 1, out)
+    assert (reference is None) == (losses not in REFERENCED)
+    move(model)
+    parts = {"forget": (losses[0], 1.0, examples["forget"]), "retain": (losses[1], 0.5, examples["retain"])}
     if losses[1] == "none":
         del parts["retain"]
-    metrics = train.compute_gradients(model, reference, config, parts, train.loss_sum)
-    return torch.cat([p.grad.flatten() for p in model.parameters()]), metrics
+    metrics = train.compute_gradients(model, reference, config, parts, score_fn)
+    return flat_gradient(model), metrics
 
 
-LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
+def written_out(tiny, losses, **options):
+    """The same from each sequence on its own: all its logits at once, DiPO with its four sequence KLs."""
+    policy = load_pretrained(tiny, dtype=torch.float64)
+    reference = policy.frozen_copy()
+    move(policy)
+    config = train.Config(forget_loss=losses[0], retain_loss=losses[1], **options)
+    metrics, total, swapped, positions = {}, 0.0, 0, 0
+    for role, name, weight in zip(("forget", "retain"), losses, (1.0, 0.5), strict=True):
+        if name == "none":
+            continue
+        found = {"loss": [], "nll": [], "margin": []}
+        beta = config.forget_beta if role == "forget" else config.retain_beta
+        for e in seven(tiny)[role]:
+            ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
+            z, z_ref = (m.lm_head(m.hidden(ids))[:, answer] for m in (policy, reference))
+            targets, mask = torch.tensor([e.ids[e.prompt_length :]]), torch.ones(1, e.answer_length, dtype=torch.bool)
+            nll = dipo.nll(z, targets, mask)
+            if name == "dipo":
+                source = z if config.pair_from == "policy" else z_ref
+                memory, forgetting = dipo.preference_pair(source, config.alpha, config.p, config.filter, config.center)
+                w, l = (forgetting, memory) if role == "forget" else (memory, forgetting)  # noqa: E741
+                u = dipo.reward_margin(*(x.log_softmax(-1) for x in (z, z_ref, w, l)), mask, beta)
+                u = u / e.answer_length if config.reduction == "mean" else u
+                loss = dipo.bradley_terry_loss(u)
+                found["margin"].append(u.detach())
+                swapped += int((memory.logsumexp(-1) < forgetting.logsumexp(-1)).sum())
+                positions += e.answer_length
+            elif name == "npo":
+                loss = dipo.npo_loss(z, z_ref, targets, mask, beta)
+            else:
+                loss = {"gd": nll, "ga": -nll, "kl": dipo.kl_loss(z, z_ref, mask)}[name]
+            found["loss"].append(loss)
+            found["nll"].append(nll.detach())
+        tokens = sum(e.answer_length for e in seven(tiny)[role])
+        divisor = 7 if name in ("dipo", "npo") else tokens
+        loss = sum(found["loss"]) / divisor
+        total = total + weight * loss
+        metrics |= {f"loss/{role}": loss.item(), f"nll/{role}": sum(found["nll"]).item() / tokens}
+        metrics |= {f"margin/{role}": sum(found["margin"]).item() / 7} if name == "dipo" else {}
+    total.backward()
+    metrics |= {"loss": total.item(), "grad_norm": flat_gradient(policy).norm().item()}
+    return flat_gradient(policy), metrics | ({"swapped": swapped / positions} if positions else {})
+
+
+def assert_same_step(found, expected, rel=1e-6):
+    """Gradient and metrics; what `expected` does not measure is left out."""
+    (gradient, metrics), (other, others) = found, expected
+    torch.testing.assert_close(gradient, other, rtol=rel, atol=rel * other.abs().max().item())
+    assert {k: metrics[k] for k in others} == pytest.approx(others, rel=rel, abs=rel)
+
+
+few = settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("losses", LOSSES, ids="+".join)
-@claim("micro-batches, their order and their padding change no gradient, for every pair of losses")
+@claim("micro-batches and the order of their sequences change no gradient, for every pair of losses")
 def test_micro_batches_and_their_order_change_no_gradient(tiny, losses):
-    whole, metrics = gradients(tiny, losses, 7)
-    assert whole.norm() > 0
+    whole = gradients(tiny, losses, 14)
+    assert whole[0].norm() > 0
 
-    @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    @given(st.integers(1, 6), st.permutations(range(7)))
-    def check(micro, order):
-        parts, same_metrics = gradients(tiny, losses, micro, order)
-        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
-        assert same_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    @few
+    @given(st.integers(1, 14), st.permutations(range(7)), st.sampled_from(["cached", "recompute"]))
+    def check(micro, order, reference):
+        assert_same_step(gradients(tiny, losses, micro, order, reference=reference), whole)
 
     check()
+
+
+@pytest.mark.parametrize("micro", range(1, 15))
+def test_micro_batches_cover_every_example_once(tiny, monkeypatch, micro):
+    original, seen = train.pack, []
+    monkeypatch.setattr(train, "pack", lambda examples: seen.append(list(examples)) or original(examples))
+    gradients(tiny, ("ga", "gd"), micro)
+    assert sum(seen, []) == sum(seven(tiny).values(), [])
+    assert all(len(examples) == micro for examples in seen[:-1]) and 1 <= len(seen[-1]) <= micro
 
 
 @claim("a training step has the gradient of mean L_f + lambda mean L_r", "Eq. 14")
 def test_gradient_is_that_of_the_papers_objective(tiny):
     """mean of L_f over forget sequences + lambda * mean of L_r over retain sequences, each sequence on its own."""
     grad, metrics = gradients(tiny, ("dipo", "dipo"), 3)
-    model, tokenizer = load_pretrained(tiny), data.Tokenizer(tiny)
+    model = load_pretrained(tiny, dtype=torch.float64)
     reference = model.frozen_copy()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    move(model)
     total = 0.0
-    for name, role, weight in (("toy_forget10[:7]", "forget", 1.0), ("toy_retain90[:7]", "retain", 0.5)):
-        for e in tokenizer.encode_rows(data.load_rows(name)):
+    for role, weight in (("forget", 1.0), ("retain", 0.5)):
+        for e in seven(tiny)[role]:
             ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
             mask = torch.ones(1, e.answer_length, dtype=torch.bool)
             loss = dipo.dipo_loss(model(ids)[:, answer], reference(ids)[:, answer], mask, role)
             total = total + weight * loss.sum() / 7
     total.backward()
-    torch.testing.assert_close(grad, torch.cat([p.grad.flatten() for p in model.parameters()]), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(grad, flat_gradient(model), rtol=1e-4, atol=1e-6)
     assert metrics["loss"] == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("losses", LOSSES, ids="+".join)
+@claim("the loss in chunks over positions is the four-KL loss of whole sequences", "Eq. 14")
+def test_the_loss_in_chunks_is_the_loss_of_whole_sequences(tiny, monkeypatch, losses):
+    """From a single position at a time, which splits every sequence, up to all positions at once."""
+    longest = max(e.answer_length for e in sum(seven(tiny).values(), []))
+
+    @few
+    @given(st.sampled_from([1, 3, longest - 1, longest]) | st.integers(1, 3 * longest), st.integers(1, 14), OPTIONS)
+    @example(1, 14, {})
+    @example(10**6, 14, {})
+    def check(limit, micro, options):
+        sizes = []
+
+        def score(*arguments):
+            sizes.append(len(arguments[3]))
+            return train.position_scores(*arguments)
+
+        monkeypatch.setattr(train, "CHUNK", limit * TINY.vocab_size)
+        found = gradients(tiny, losses, micro, score_fn=score, **options)
+        lengths = [e.answer_length for role in dipo.ROLES[: 1 + (losses[1] != "none")] for e in seven(tiny)[role]]
+        again = sum(n for n in lengths if n > limit)  # what is split is computed once more going backward
+        assert max(sizes) <= limit and sum(sizes) == sum(lengths) + again
+        assert_same_step(found, written_out(tiny, losses, **options), rel=1e-5)
+
+    check()
+
+
+@given(st.lists(st.tuples(st.sampled_from(dipo.ROLES), st.integers(1, 9)), min_size=1, max_size=14), st.integers(1, 30))
+def test_whole_sequences_covers_each_position_once_and_mixes_no_roles(sequences, limit):
+    roles, lengths = zip(*sequences, strict=True)
+    found = list(train.whole_sequences(roles, lengths, limit))
+    assert [i for _, rows, _ in found for i in range(rows.start, rows.stop)] == list(range(len(roles)))
+    assert [i for _, _, at in found for i in range(at.start, at.stop)] == list(range(sum(lengths)))
+    for role, rows, at in found:
+        assert {*roles[rows]} == {role} and at.stop - at.start == sum(lengths[rows])
+        assert sum(lengths[rows]) <= limit or rows.stop - rows.start == 1
+    for (role, rows, _), (other, others, _) in itertools.pairwise(found):  # no more of them than needed
+        assert role != other or sum(lengths[rows]) + lengths[others.start] > limit
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize("losses", REFERENCED, ids="+".join)
+@claim("the cached reference gives the loss and gradient of a second model, for every pair of losses that needs one")
+def test_the_cached_reference_is_the_recomputed_one(tiny, losses):
+    @few
+    @given(st.integers(1, 14), st.permutations(range(7)), OPTIONS)
+    def check(micro, order, options):
+        cached, recomputed = (gradients(tiny, losses, micro, order, reference=r, **options) for r in ("cached", "recompute"))
+        assert_same_step(cached, recomputed)
+
+    check()
+
+
+@few
+@given(st.integers(1, 14), st.lists(st.integers(0, 6), min_size=1, max_size=9), st.sampled_from(["float32", "bfloat16"]))
+def test_the_reference_stays_the_start_of_the_run(tiny, micro, which, dtype):
+    """Whatever becomes of the policy, and for any examples in any order."""
+    model = load_pretrained(tiny, dtype=torch.float32, compute_dtype=getattr(torch, dtype))
+    examples = seven(tiny)["forget"]
+    wanted = [examples[i] for i in which]
+    with torch.no_grad():
+        logits = model(**data.pack(wanted).inputs)
+    references = [train.CachedReference(model, examples, train.Config(micro_batch_size=micro), Path("unused"))]
+    references.append(train.RecomputedReference(model))
+    move(model)
+    for reference in references:
+        found = torch.nn.functional.linear(reference.hidden(wanted), reference.head).float()
+        torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 if dtype == "float32" else 0.1)
+
+
+@few
+@given(st.sampled_from(LOSSES), st.integers(1, 4), st.integers(1, 3))
+def test_the_cached_reference_holds_what_the_run_draws_and_its_losses_need(tiny, losses, steps, batch):
+    model, examples = load_pretrained(tiny), seven(tiny)
+    config = train.Config(batch_size=batch, forget_loss=losses[0], retain_loss=losses[1])
+    needed = set()
+    for role, name in zip(("forget", "retain"), losses, strict=True):
+        if name in train.NEEDS_REFERENCE:
+            needed |= {e for s in range(steps) for e in data.draw(examples[role], config.seed, role, s * batch, batch)}
+    reference = train.make_reference(model, config, examples["forget"], examples["retain"], steps, Path("unused"))
+    assert (set() if reference is None else reference.rows.keys()) == needed
+    if needed:
+        assert reference.states.shape == (sum(e.answer_length for e in needed), TINY.hidden_size)
+    finetuning = dataclasses.replace(config, finetune="toy_full")
+    assert train.make_reference(model, finetuning, examples["forget"], [], steps, Path("unused")) is None
+
+
+# ------------------------------------------------------------------------------------------------------- schedule
 
 
 @given(st.integers(1, 300), st.integers(0, 50), st.floats(1e-6, 1e-2))
@@ -164,18 +338,23 @@ def test_micro_batch_size_changes_no_data_order(cli):
     assert records("c") != records("a")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_resumes_exactly(cli, monkeypatch, sent):
-    cli(*SMALL, "--out", "whole")
+def interrupt(monkeypatch, step, sent=signal.SIGINT):
     original, calls = train.compute_gradients, itertools.count(1)
 
     def interrupted(*arguments):
-        if next(calls) == 3:
+        if next(calls) == step:
             os.kill(os.getpid(), sent)
         return original(*arguments)
 
     monkeypatch.setattr(train, "compute_gradients", interrupted)
-    status, message = cli(*SMALL, "--out", "cut")
+
+
+@pytest.mark.parametrize("reference", ["cached", "recompute"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_resumes_exactly(cli, monkeypatch, sent, reference):
+    cli(*SMALL, "--reference", reference, "--out", "whole")
+    interrupt(monkeypatch, 3, sent)
+    status, message = cli(*SMALL, "--reference", reference, "--out", "cut")
     assert status == 130 and "after step 3 of 5" in message and "--resume --out cut" in message
     status, message = cli("--resume", "--out", "cut", model=False)
     assert status == 0 and same(weights("cut"), weights("whole")) and records("cut") == records("whole")
@@ -197,6 +376,86 @@ def test_a_killed_run_resumes_from_the_last_epoch(cli, monkeypatch):
     assert same(weights("cut"), weights("whole")) and records("cut") == records("whole")
 
 
+def assert_same_log(one, other):
+    for a, b in zip(records(one), records(other), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("losses", [("dipo", "dipo"), ("npo", "kl"), ("ga", "dipo"), ("dipo", "none")], ids="+".join)
+def test_a_run_with_the_cached_reference_is_the_run_with_the_recomputed_one(cli, monkeypatch, losses):
+    """Interrupted and resumed, too: the reference is the start of the run, not that of the resumption."""
+    arguments = [*SMALL, "--forget-loss", losses[0], "--retain-loss", losses[1]]
+    for reference in ("cached", "recompute"):
+        assert cli(*arguments, "--reference", reference, "--out", reference)[0] == 0
+        with monkeypatch.context() as patch:
+            interrupt(patch, 3)
+            assert cli(*arguments, "--reference", reference, "--out", f"{reference}-cut")[0] == 130
+        assert cli("--resume", "--out", f"{reference}-cut", model=False)[0] == 0
+        assert records(f"{reference}-cut") == records(reference)
+    assert_same_log("cached", "recompute")
+    if losses[0] == "dipo":
+        first, *_, last = records("cached")
+        assert first["margin/forget"] == pytest.approx(0, abs=1e-6) and abs(last["margin/forget"]) > 1e-3
+
+
+@pytest.mark.parametrize("reference", ["cached", "recompute"])
+def test_gradient_checkpointing_changes_nothing_in_a_run(cli, monkeypatch, reference):
+    original, seen = train.compute_gradients, []
+    monkeypatch.setattr(train, "compute_gradients", lambda *a: seen.append((a[0].checkpointing, type(a[1]))) or original(*a))
+    for name, flag in (("a", "--gradient-checkpointing"), ("b", "--no-gradient-checkpointing")):
+        assert cli(*SMALL, "--reference", reference, flag, "--out", name)[0] == 0
+    assert same(weights("a"), weights("b")) and records("a") == records("b")
+    kind = {"cached": train.CachedReference, "recompute": train.RecomputedReference}[reference]
+    assert seen == 5 * [(True, kind)] + 5 * [(False, kind)]
+
+
+@pytest.mark.parametrize("reference", ["cached", "recompute"])
+@pytest.mark.parametrize("positions", [1, 7])
+def test_a_run_in_small_chunks_is_the_same_run(cli, monkeypatch, positions, reference):
+    cli(*SMALL, "--reference", reference, "--out", "a")
+    monkeypatch.setattr(train, "CHUNK", positions * TINY.vocab_size)
+    assert cli(*SMALL, "--reference", reference, "--out", "b")[0] == 0
+    assert_same_log("a", "b")
+
+
+def test_states_past_the_limit_lie_in_a_file_for_as_long_as_the_run_lasts(cli, tiny, monkeypatch, capsys):
+    cli(*SMALL, "--out", "whole")
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    original, sizes = train.compute_gradients, []
+
+    def watched(*arguments):
+        file = Path("cut/reference.bin").resolve()
+        sizes.append(file.stat().st_size)
+        if (maps := Path("/proc/self/maps")).exists():
+            assert str(file) in maps.read_text()
+        return original(*arguments)
+
+    monkeypatch.setattr(train, "compute_gradients", watched)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert train.main([*SMALL, "--model", str(tiny), "--no-eval", "--out", "cut"]) == 130
+    assert "in cut/reference.bin while training" in capsys.readouterr().out and not Path("cut/reference.bin").exists()
+    assert cli("--resume", "--out", "cut", model=False)[0] == 0
+    rows = data.load_rows("toy_forget10[:10]") + data.load_rows("toy_retain90[:20]")
+    positions = sum(e.answer_length for e in data.Tokenizer(tiny).encode_rows(rows))
+    assert sizes == 5 * [positions * TINY.hidden_size * 4]
+    assert same(weights("cut"), weights("whole")) and records("cut") == records("whole")
+    assert {p.name for p in Path("cut").iterdir()} == {p.name for p in Path("whole").iterdir()}
+
+
+def test_no_space_for_the_states_is_one_line(cli, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    status, message = cli(*SMALL, "--out", "a")
+    assert status == 2 and message.startswith("error: a/reference.bin: ") and message.count("\n") == 1
+    assert "No space left on device" in message and "--reference recompute" in message
+    assert not Path("a/reference.bin").exists()
+    assert cli(*SMALL, "--reference", "recompute", "--out", "b")[0] == 0
+
+
 def test_resume_refuses_what_it_cannot_continue(cli):
     assert "name the run folder" in cli("--resume", model=False)[1]
     assert "no run of this program" in cli("--resume", "--out", "nowhere", model=False)[1]
@@ -216,13 +475,13 @@ def test_an_existing_folder_is_refused_and_left_alone(cli):
 
 def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_good_state(cli, monkeypatch):
     cli(*SMALL, "--out", "whole")
-    original, calls = train.loss_sum, itertools.count(1)
+    original, calls = train.position_scores, itertools.count(1)
 
     def broken(*arguments):
-        loss, *rest = original(*arguments)
-        return (loss * float("nan") if next(calls) == 10 else loss, *rest)  # in the third step
+        scores, *rest = original(*arguments)
+        return (scores * float("nan") if next(calls) == 10 else scores, *rest)  # in the third step
 
-    monkeypatch.setattr(train, "loss_sum", broken)
+    monkeypatch.setattr(train, "position_scores", broken)
     status, message = cli(*SMALL, "--out", "cut")
     assert (
         status == 2 and "step 3 of 5: loss is nan; lower --lr" in message and message.count("\n") <= 1 + message.count("\r")
@@ -232,18 +491,27 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_good_state(c
     assert same(weights("cut"), weights("whole"))
 
 
-def test_negative_logits_are_refused_and_centring_accepts_them(cli, monkeypatch):
-    forward = Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda *a, **k: forward(*a, **k) - 1000)
+@pytest.fixture
+def negative_logits(monkeypatch):
+    """The output head of policy and reference subtracts 1000."""
+    original = train.position_scores
+
+    def shifted(name, role, config, logits, ref_logits, targets):
+        return original(name, role, config, logits - 1000, ref_logits - 1000, targets)
+
+    monkeypatch.setattr(train, "position_scores", shifted)
+
+
+@pytest.mark.usefixtures("negative_logits")
+def test_negative_logits_are_refused_and_centring_accepts_them(cli):
     status, message = cli(*SMALL, "--out", "a")
     assert status == 2 and "roles swap" in message and "--center" in message
     assert cli(*SMALL, "--out", "b", "--center")[0] == 0
 
 
+@pytest.mark.usefixtures("negative_logits")
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_the_logged_share_of_swapped_positions_is_one_where_all_are(cli, monkeypatch, micro):
-    forward = Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda *a, **k: forward(*a, **k) - 1000)
     monkeypatch.setattr(dipo, "SWAP_LIMIT", 1.0)
     cli(*SMALL, "--micro-batch-size", micro, "--out", "a")
     assert {r["swapped"] for r in records("a")} == {1.0}
@@ -473,7 +741,8 @@ def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_opt
     arguments = ["--epochs", "1", "--forget", "toy_forget10[:8]", *EVAL]
     assert train.main(arguments) == 0
     first = capsys.readouterr().out
-    assert "target" in first and "retrained" in first and "forget_quality" in first and first.count("reference") == 3
+    assert "target" in first and "retrained" in first and "forget_quality" in first
+    assert len(re.findall(r"^ +reference ", first, re.M)) == 3
     assert train.main(arguments) == 0
     second = capsys.readouterr().out
     assert "training on" in first and "training on" not in second
