@@ -439,11 +439,26 @@ def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.O
         raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
 
 
-def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and moments; returns the step to go on with, 0 where there is no checkpoint yet."""
-    folder = next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
+def checkpoint_folder(out: Path) -> Path | None:
+    return next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
+
+
+def checkpoint_step(out: Path) -> int:
+    """The step to go on with, 0 where there is no checkpoint yet."""
+    folder = checkpoint_folder(out)
     if folder is None:
         return 0
+    try:
+        return int(json.loads((folder / "state.json").read_text())["step"])
+    except (OSError, KeyError, ValueError, TypeError) as e:
+        raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
+
+
+def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and moments; returns `checkpoint_step`."""
+    folder, step = checkpoint_folder(out), checkpoint_step(out)
+    if folder is None:
+        return step
     try:
         parameters = dict(model.named_parameters())
         with torch.no_grad(), safe_open(folder / "weights.safetensors", "pt") as f:
@@ -453,9 +468,9 @@ def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -
             for key in f.keys():  # noqa: SIM118
                 name, moment = key.rsplit("/", 1)
                 optimizer.state[parameters[name]][moment] = f.get_tensor(key).to(model.device)
-        return json.loads((folder / "state.json").read_text())["step"]
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as e:
         raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
+    return step
 
 
 class Interrupt:
@@ -504,7 +519,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     model.checkpointing = config.gradient_checkpointing
     if config.compile if config.compile is not None else model.device.type == "cuda":
         score_fn = compile_step(model)
-    reference = make_reference(model, config, forget, retain, steps, out)
+    reference = make_reference(model, config, forget, retain, steps, out) if checkpoint_step(out) < steps else None
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
     kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
