@@ -511,7 +511,7 @@ def score_answers(
     """{'loss'} of each example's answer, in order; with `detailed`, memorization and membership scores too.
 
     Teacher-forced in packed batches of about `budget` tokens, the output head at answer positions only.
-    hidden_id: a token that no later one may see (Protocol.mask_quirk). on_batch: called with {index: scores}.
+    hidden_id: a token of the prompts that no later one may see (Protocol.mask_quirk). on_batch: called with {index: scores}.
     """
     results: list[dict] = [{}] * len(examples)
     detailed = detailed or [False] * len(examples)

@@ -224,7 +224,8 @@ def position_scores(
     elif name == "npo":
         scores = dipo.token_nll(logits, targets) - dipo.token_nll(ref_logits, targets)
     else:
-        scores = dipo.token_kl(ref_logits.float().log_softmax(-1), logits.float().log_softmax(-1))
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        scores = dipo.token_kl(*(z.log_softmax(-1, dtype=wide) for z in (ref_logits, logits)))
     return scores, nll, swapped
 
 
@@ -345,27 +346,32 @@ class CachedReference:
 
     One pass stores its final hidden states at the answer positions, [positions, D] in the compute dtype, so that
     z_ref = states times the initial output head is what a second model would compute. In host memory, or past IN_MEMORY
-    in a memory-mapped file that `close` removes.
+    in a memory-mapped file that is gone when the process ends. Raises RunError where there is no room for it.
     """
 
     def __init__(self, model: Llama, examples: list[Example], config: Config, file: Path):
         examples = list(dict.fromkeys(examples))
         starts = [0, *itertools.accumulate(e.answer_length for e in examples)]
         self.rows = {e: slice(*ends) for e, ends in zip(examples, itertools.pairwise(starts), strict=True)}
-        self.device, self.file = model.device, None
+        self.device = model.device
         self.head = model.lm_head.weight.detach().to(model.compute_dtype, copy=True)
         shape = starts[-1], model.config.hidden_size
         size = math.prod(shape) * self.head.element_size()
         where = "in memory"
         if size > IN_MEMORY:
-            self.file, where = file, f"in {file} while training"
+            where = f"in a file of {file.parent}"
             try:
                 with file.open("wb") as f:
                     os.posix_fallocate(f.fileno(), 0, size)
+                states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype)
+                self.states = states.view(shape)
             except OSError as e:
-                file.unlink(missing_ok=True)
-                raise RunError(f"{file}: no room for {size:,} bytes ({e.strerror}); pass --reference recompute") from None
-            self.states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype).view(shape)
+                raise RunError(
+                    f"{file}: no room for {size:,} bytes ({e.strerror}); free some space, or pass --reference recompute "
+                    f"and another --out"
+                ) from None
+            finally:
+                file.unlink(missing_ok=True)  # the mapping keeps it until the process ends, however that is
         else:
             self.states = torch.empty(shape, dtype=self.head.dtype)
         print(f"reference: final hidden states at {shape[0]:,} answer positions, {size / 1e6:,.0f} MB {where}", flush=True)
@@ -380,10 +386,6 @@ class CachedReference:
         """[A, D] on the model's device: the states at the answer positions of these examples."""
         return torch.cat([self.states[self.rows[e]] for e in examples]).to(self.device, non_blocking=True)
 
-    def close(self) -> None:
-        if self.file:
-            self.file.unlink(missing_ok=True)
-
 
 class RecomputedReference:
     """The plain way: a frozen copy of the model, and a second forward pass at every step."""
@@ -395,9 +397,6 @@ class RecomputedReference:
     @torch.no_grad()
     def hidden(self, examples: list[Example]) -> Tensor:
         return self.model.hidden(**pack(examples).to(self.model.device).inputs)
-
-    def close(self) -> None:
-        pass
 
 
 def make_reference(model: Llama, config: Config, forget: list[Example], retain: list[Example], steps: int, out: Path):
@@ -528,7 +527,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
         on_epoch(start, evaluate_at[start], start == steps)
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
-    with log.open("a") as log_file, bar, contextlib.closing(reference) if reference else contextlib.nullcontext():
+    with log.open("a") as log_file, bar:
         for step in range(start, steps):
             began = time.perf_counter()
             first, count = step * config.batch_size, config.batch_size
