@@ -178,20 +178,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Static cache: keys and values [layers, 2, B, G, S, K]; `length` positions are filled."""
+    """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts are packed and end at the same slot; then
+    each row gets one position at a time. `length` slots are filled."""
 
-    def __init__(self, config: LlamaConfig, batch: int, size: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, size, config.head_dim)
-        self.data, self.length = torch.zeros(shape, device=device, dtype=dtype), 0
+    def __init__(self, config: LlamaConfig, prompts: list[int], more: int, device: torch.device, dtype: torch.dtype):
+        """For prompts of these lengths and `more` positions behind each."""
+        self.length = max(prompts)
+        shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, self.length + more, config.head_dim)
+        self.data = torch.zeros(shape, device=device, dtype=dtype)
+        where = torch.arange(self.length) >= self.length - torch.tensor(prompts)[:, None]
+        self.row, self.slot = where.nonzero().to(device).unbind(1)  # of each token of the packed prompts
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        self.data[layer, 0, :, :, self.length : end] = k
-        self.data[layer, 1, :, :, self.length : end] = v
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store those of the packed prompts, [1, G, N, K]."""
+        self.data[layer, 0][self.row, :, self.slot] = k[0].transpose(0, 1)
+        self.data[layer, 1][self.row, :, self.slot] = v[0].transpose(0, 1)
 
-    def keep_rows(self, rows: Tensor):
-        self.data = self.data[:, :, rows]
+    def append(self, layer: int, k: Tensor, v: Tensor) -> Tensor:
+        """Store those of one more position, [B, G, 1, K]. Returns all keys and values so far, [2, B, G, length + 1, K]."""
+        self.data[layer, 0, :, :, self.length] = k[:, :, 0]
+        self.data[layer, 1, :, :, self.length] = v[:, :, 0]
+        return self.data[layer, :, :, :, : self.length + 1]
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """Leave out all rows but these (bool [B]); the last ones move into free places. Returns the new order of rows."""
+        n = int(rows.sum())
+        free, moved = (~rows[:n]).nonzero()[:, 0], n + rows[n:].nonzero()[:, 0]
+        self.data[:, :, free, :, : self.length] = self.data[:, :, moved, :, : self.length]
+        self.data = self.data[:, :, :n]
+        return torch.arange(n, device=rows.device).index_copy(0, free, moved)
 
 
 class Packing:
@@ -218,9 +233,15 @@ class Packing:
         return torch.cat([causal_attention(*part) for part in parts], dim=2).to(q.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """One new position: q [B, H, 1, K], k and v [B, G, S, K] -> [B, H, 1, K]."""
+    # Heads that share keys stand as positions of one head: keys are read once, on CPUs several times as fast.
+    together = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
+    return F.scaled_dot_product_attention(together, k, v, attn_mask=mask).view(q.shape)
 
 
 class Attention(nn.Module):
@@ -240,9 +261,14 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.groups, self.k).transpose(1, 2)  # [B, G, T, K]
         v = self.v_proj(x).view(B, T, self.groups, self.k).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        y = packing.attend(q, k, v) if packing is not None else causal_attention(q, k, v, mask)
+        if packing is not None:
+            if cache is not None:
+                cache.fill(self.layer, k, v)
+            y = packing.attend(q, k, v)
+        elif cache is not None:
+            y = cached_attention(q, *cache.append(self.layer, k, v), mask)
+        else:
+            y = causal_attention(q, k, v)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -327,10 +353,11 @@ class Llama(nn.Module):
     ) -> Tensor:
         """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
-        input_ids: [B, T] int64, padded on the right unless `positions` [B, T] (rotary) and `mask` (bool, True = may be
-            seen, broadcastable to [B, 1, T, S]) say otherwise. Causal attention never sees padding to the right.
+        input_ids: [B, T] int64, padded on the right: causal attention never sees that padding.
         at: [A] int64, into the B * T positions one row after the other.
-        lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` restart with each.
+        lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` (rotary) restart with each.
+        cache: filled with the packed sequences; without `lengths`, input_ids [B, 1] are the next position of each row, and
+            `mask`, broadcastable to [B, 1, 1, S], is added to its scores.
         """
         if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -343,21 +370,19 @@ class Llama(nn.Module):
                 x = checkpoint(block, x, cos, sin, mask, cache, packing, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache, packing)
-        if cache is not None:
-            cache.length += input_ids.shape[1]
+        if cache is not None and packing is None:
+            cache.length += 1
         if at is not None:
             x = x.flatten(0, 1)[at]
         return self.model.norm(x)
 
     def frozen_copy(self) -> "Llama":
         """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does."""
-        twin = copy.deepcopy(self).requires_grad_(False).eval()
-        for module in twin.modules():
-            if isinstance(module, Linear | nn.Embedding):
-                module.weight.data = module.weight.data.to(self.compute_dtype)
-        if self.config.tie_word_embeddings:
-            twin.lm_head.weight = twin.model.embed_tokens.weight
-        return twin
+        copies = {}  # by what they are copies of, so that the parameters are not first copied as they are
+        for p in self.parameters():
+            dtype = self.compute_dtype if p.ndim == 2 else p.dtype
+            copies[id(p)] = nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False)
+        return copy.deepcopy(self, copies).eval()
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -375,50 +400,45 @@ def generate(
 
     stop_ids: token ids that end a row (default: the EOS ids of the model's config).
     hidden_id: a token of the prompts that no later one sees and that takes up no position, as if it were padding.
-    One left-padded batch with a static KV cache; padding is told by length, never by token value. Rows that have
-    stopped leave the batch as soon as they are half of it.
+    The prompts go through the model packed, without padding; then all rows together, one token at a time, with a static KV
+    cache. A row that has stopped leaves the batch at once.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    device, lengths = model.device, torch.tensor([len(p) for p in prompts])
-    T, B = int(lengths.max()), len(prompts)
-    ids = torch.zeros(B, T, dtype=torch.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[T - len(prompt) :] = torch.tensor(prompt)
-    S = T + max_new_tokens
-    start = (T - lengths).to(device)  # first real slot of each row
-    seen = torch.arange(S, device=device)[None] >= start[:, None]  # [B, S] True where a key is a real token
-    if hidden_id is not None:
-        seen[:, :T] &= ids.to(device) != hidden_id
-    causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    # A padding query sees itself, so that its softmax is not empty; nobody ever sees it.
-    mask = (causal & seen[:, None, :T] | torch.eye(T, dtype=torch.bool, device=device))[:, None]
-    positions = (seen[:, :T].cumsum(-1) - 1).clamp(min=0)
-    ahead = positions[:, -1] + 1  # [B] rotary position of the first new token
+    device = model.device
+    # Hidden tokens are left out, but for one that ends its prompt: it predicts, in the place of the token before it.
+    kept = [[t for t in prompt[:-1] if t != hidden_id] + prompt[-1:] for prompt in prompts]
+    lengths = [len(p) for p in kept]
+    ahead = torch.tensor([n - (p[-1] == hidden_id) for n, p in zip(lengths, kept, strict=True)])  # next rotary position
+    positions = torch.cat([torch.arange(n).clamp(max=a - 1) for n, a in zip(lengths, ahead.tolist(), strict=True)])
+    cache = KVCache(model.config, lengths, max_new_tokens, device, model.compute_dtype)
+    T, S = cache.length, cache.length + max_new_tokens
+    slots = torch.arange(S)
+    unseen = (slots < T - torch.tensor(lengths)[:, None]) | ((slots == T - 1) & (ahead < torch.tensor(lengths))[:, None])
+    mask = torch.zeros(len(kept), 1, 1, S, dtype=model.compute_dtype).masked_fill(unseen[:, None, None], -math.inf)
+    mask, ahead, positions = mask.to(device), ahead.to(device), positions.to(device)
 
-    cache = KVCache(model.config, B, S, device, model.compute_dtype)
     stop_ids = model.config.eos_token_ids if stop_ids is None else tuple(stop_ids)
     stop = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-    last = torch.arange(1, B + 1, device=device) * T - 1
-    logits = model(ids.to(device), at=last, positions=positions, mask=mask, cache=cache)
-    rows, alive = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    out: list[list[int]] = [[] for _ in prompts]
+    ids = torch.tensor([list(itertools.chain(*kept))], device=device)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    logits = model(ids, at=last, positions=positions[None], cache=cache, lengths=lengths)
+    rows = torch.arange(len(kept), device=device)
+    out = torch.zeros(len(kept), max_new_tokens, dtype=torch.int64, device=device)
+    ends = torch.full((len(kept),), max_new_tokens, device=device)
     for step in range(max_new_tokens):
         token = logits.argmax(-1)
-        alive &= ~torch.isin(token, stop)
-        for row, t, go in zip(rows.tolist(), token.tolist(), alive.tolist(), strict=True):
-            if go:
-                out[row].append(t)
-        n = int(alive.sum())
-        if n == 0 or step == max_new_tokens - 1:
+        alive = ~torch.isin(token, stop)
+        if not alive.all():
+            ends[rows[~alive]] = step
+            order = cache.keep(alive)
+            rows, token, ahead, mask = rows[order], token[order], ahead[order], mask[order]
+        out[rows, step] = token
+        if len(rows) == 0 or step == max_new_tokens - 1:
             break
-        if 2 * n <= len(alive):
-            cache.keep_rows(alive)
-            rows, token, ahead, seen = rows[alive], token[alive], ahead[alive], seen[alive]
-            alive = alive[alive]
-        mask = seen[:, None, None, : T + step + 1]
-        logits = model(token[:, None], positions=(ahead + step)[:, None], mask=mask, cache=cache)[:, -1]
-    return out
+        where = {"positions": (ahead + step)[:, None], "mask": mask[..., : cache.length + 1]}
+        logits = model(token[:, None], cache=cache, **where)[:, -1]
+    return [row[:n] for row, n in zip(out.tolist(), ends.tolist(), strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
