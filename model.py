@@ -422,12 +422,12 @@ def generate(
     stop = torch.tensor(stop_ids, dtype=torch.int64, device=device)
     ids = torch.tensor([list(itertools.chain(*kept))], device=device)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    logits = model(ids, at=last, positions=positions[None], cache=cache, lengths=lengths)
+    x = model.hidden(ids, at=last, positions=positions[None], cache=cache, lengths=lengths)
     rows = torch.arange(len(kept), device=device)
     out = torch.zeros(len(kept), max_new_tokens, dtype=torch.int64, device=device)
     ends = torch.full((len(kept),), max_new_tokens, device=device)
     for step in range(max_new_tokens):
-        token = logits.argmax(-1)
+        token = model.lm_head(x).argmax(-1)
         alive = ~torch.isin(token, stop)
         if not alive.all():
             ends[rows[~alive]] = step
@@ -437,7 +437,7 @@ def generate(
         if len(rows) == 0 or step == max_new_tokens - 1:
             break
         where = {"positions": (ahead + step)[:, None], "mask": mask[..., : cache.length + 1]}
-        logits = model(token[:, None], cache=cache, **where)[:, -1]
+        x = model.hidden(token[:, None], cache=cache, **where)[:, -1]
     return [row[:n] for row, n in zip(out.tolist(), ends.tolist(), strict=True)]
 
 

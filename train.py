@@ -375,11 +375,12 @@ class CachedReference:
         else:
             self.states = torch.empty(shape, dtype=self.head.dtype)
         print(f"reference: final hidden states at {shape[0]:,} answer positions, {size / 1e6:,.0f} MB {where}", flush=True)
-        with torch.no_grad(), tqdm(total=len(examples), desc="reference", unit="sequence", leave=False) as bar:
+        # Not under no_grad: compiled for training, the model rounds in other places than compiled for inference.
+        with tqdm(total=len(examples), desc="reference", unit="sequence", leave=False) as bar:
             for i in range(0, len(examples), config.micro_batch_size):
                 part = examples[i : i + config.micro_batch_size]
                 batch = pack(part).to(model.device)
-                self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = model.hidden(**batch.inputs)
+                self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = model.hidden(**batch.inputs).detach()
                 bar.update(len(part))
 
     def hidden(self, examples: list[Example]) -> Tensor:

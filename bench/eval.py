@@ -1,12 +1,11 @@
 """What evaluation costs: scoring answers and greedy generation, ours against transformers, side by side.
 
-python bench/eval.py --quick --json eval.json                      random weights in SmolLM2-135M's shape, 5 minutes on 2 cores
-python bench/eval.py --quick --model SMOLLM2 --data-dir DATA       real weights, TOFU's text, answers that end by themselves
-python bench/eval.py --model SMOLLM2 --data-dir DATA --json eval.json    more rows, up to 200 new tokens, as an evaluation has
+python bench/eval.py --quick --json eval.json          random weights in SmolLM2-135M's shape: generations that never end
+python bench/eval.py --quick --model RUN --data-dir DATA   a model finetuned on TOFU: answers that end by themselves
 
 Needs transformers: pip install -e '.[test]'. Both sides take turns on the same rows with the same weights; a ratio is the
-median over the turns. Ours: the model as training holds it, float32 weights and --dtype activations, through `evaluate`'s own
-functions; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order as in
+median over the turns. Ours: the model as training holds it, float32 weights and --dtype activations, through the functions
+of `evaluate`; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order as in
 open-unlearning; scoring right-padded with logits at all positions, generating left-padded.
 """
 
@@ -20,15 +19,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose eval.py is another
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import DataError, Example, Tokenizer, load_rows
-from eval import score_answers
-from model import Llama, LlamaConfig, ModelError, generate, load_pretrained
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose eval.py is another
+from data import DataError, Example, Tokenizer, load_rows  # noqa: E402
+from eval import score_answers  # noqa: E402
+from model import Llama, LlamaConfig, ModelError, generate, load_pretrained, resolve_folder  # noqa: E402
 
 try:
     import transformers
@@ -62,7 +60,7 @@ def load_reference(model: Llama, dtype: torch.dtype) -> transformers.LlamaForCau
 def load_examples(args, vocabulary: int, rows: int) -> tuple[list[Example], set[int], str]:
     """(examples, stop tokens of their prompt format, where they are from)."""
     if args.model and args.data_dir:
-        tokenizer = Tokenizer(args.model, vocabulary)
+        tokenizer = Tokenizer(resolve_folder(args.model), vocabulary)
         examples = tokenizer.encode_rows(load_rows(f"tofu_forget10[:{rows}]", args.data_dir))
         return examples, {tokenizer.eos_id}, f"tofu_forget10[:{rows}]"
     rng = random.Random(0)
@@ -156,12 +154,12 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of activations")
     parser.add_argument("--rows", type=int, help="scored and generated from (default 256, with --quick 64)")
-    parser.add_argument("--new-tokens", type=int, help="limit of a generation (default 200, with --quick 64)")
+    parser.add_argument("--new-tokens", type=int, default=200, help="limit of a generation (default: TOFU's 200)")
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
-    parser.add_argument("--quick", action="store_true", help="fewer rows, shorter generations")
+    parser.add_argument("--quick", action="store_true", help="fewer rows")
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
-    rows, new_tokens = args.rows or (64 if args.quick else 256), args.new_tokens or (64 if args.quick else 200)
+    rows, new_tokens = args.rows or (64 if args.quick else 256), args.new_tokens
     dtype = getattr(torch, args.dtype)
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -204,14 +202,18 @@ def main() -> int:
     }
     tokens = sum(min(len(row) + 1, new_tokens) for row in our_rows)  # EOS is generated too
     work = [("scoring, rows", rows, our_scoring, their_scoring), ("generation, tokens", tokens, our_times, their_times)]
-    print("\n| | ours, per s | transformers, per s | ours, s | transformers, s | transformers / ours |\n| --- " * 1, end="")
-    print("| ---: " * 5 + "|")
+    print(
+        "\n| | ours, per s | transformers, per s | ours, s | transformers, s | transformers / ours |"
+        + "\n"
+        + "| --- " * 6
+        + "|"
+    )
     for name, n, a, b in work:
         a_s, b_s = statistics.median(a), statistics.median(b)
         print(f"| {name} ({n:,}) | {n / a_s:,.1f} | {n / b_s:,.1f} | {a_s:.2f} | {b_s:.2f} | {ratio(b, a):.2f} |")
     print(
-        f"\nlosses differ by at most {result['max_loss_difference']:.2g}; {result['equal_generations']:.1%} of the generations "
-        f"are equal, the others part where the two tokens' logits differ by at most {max(gaps):.2g}"
+        f"\nlosses differ by at most {result['max_loss_difference']:.2g}; {result['equal_generations']:.1%} of the generations are "
+        f"equal, the others part where the logits of the two tokens differ by at most {max(gaps):.2g}"
     )
     if args.json:
         record = result | {"rows": rows, "tokens": tokens, "new_tokens": new_tokens, "source": source, "model": args.model}

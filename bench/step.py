@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
-from model import Llama, LlamaConfig, load_pretrained  # noqa: E402
+from model import Llama, LlamaConfig, load_pretrained, resolve_folder  # noqa: E402
 
 SHAPES = {
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 2048, tie_word_embeddings=True),
@@ -87,7 +87,7 @@ def make_model(args) -> Llama:
 def make_examples(args, vocabulary: int) -> dict[str, list[data.Example]]:
     """{'forget', 'retain'}: TOFU's questions where a tokenizer and the data are at hand, else tokens of such lengths."""
     if args.model and args.data_dir and not args.length:
-        tokenizer = data.Tokenizer(args.model)
+        tokenizer = data.Tokenizer(resolve_folder(args.model))
         rows = {
             role: data.load_rows(f"tofu_{name}", args.data_dir)
             for role, name in (("forget", "forget10"), ("retain", "retain90"))
@@ -526,7 +526,7 @@ def main() -> int:
             groups += [["ours", "ours-compiled-loss", "ours-checkpointing", "finetune-eager"], ["ours", "field-npo"]]
     if unknown := [v for group in groups for v in group if v not in NAMES]:
         raise SystemExit(f"error: --only {unknown[0]}: unknown; known are {', '.join(NAMES)}")
-    config = LlamaConfig.from_folder(Path(args.model)) if args.model else SHAPES[args.shape]
+    config = LlamaConfig.from_folder(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
     config = dataclasses.replace(config, vocab_size=args.vocab or config.vocab_size)
     counted, ceiling = work(config, make_examples(args, config.vocab_size)), matmul_ceiling(args)
     print(
