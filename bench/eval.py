@@ -5,8 +5,8 @@ python bench/eval.py --quick --model RUN --data-dir DATA   a model finetuned on 
 
 Needs transformers: pip install -e '.[test]'. Both sides take turns on the same rows with the same weights; a ratio is the
 median over the turns. Ours: the model as training holds it, float32 weights and --dtype activations, through the functions
-of `evaluate`; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order as in
-open-unlearning; scoring right-padded with logits at all positions, generating left-padded.
+of `evaluate`; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order
+as in open-unlearning; scoring right-padded with logits at all positions, generating left-padded.
 """
 
 import argparse
@@ -202,18 +202,14 @@ def main() -> int:
     }
     tokens = sum(min(len(row) + 1, new_tokens) for row in our_rows)  # EOS is generated too
     work = [("scoring, rows", rows, our_scoring, their_scoring), ("generation, tokens", tokens, our_times, their_times)]
-    print(
-        "\n| | ours, per s | transformers, per s | ours, s | transformers, s | transformers / ours |"
-        + "\n"
-        + "| --- " * 6
-        + "|"
-    )
+    print("\n| | ours, per s | transformers, per s | ours, s | transformers, s | transformers / ours |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, n, a, b in work:
         a_s, b_s = statistics.median(a), statistics.median(b)
         print(f"| {name} ({n:,}) | {n / a_s:,.1f} | {n / b_s:,.1f} | {a_s:.2f} | {b_s:.2f} | {ratio(b, a):.2f} |")
     print(
-        f"\nlosses differ by at most {result['max_loss_difference']:.2g}; {result['equal_generations']:.1%} of the generations are "
-        f"equal, the others part where the logits of the two tokens differ by at most {max(gaps):.2g}"
+        f"\nlargest difference of a loss {result['max_loss_difference']:.2g}; {result['equal_generations']:.1%} of the "
+        f"generations equal, the others part where the logits of the two tokens differ by at most {max(gaps):.2g}"
     )
     if args.json:
         record = result | {"rows": rows, "tokens": tokens, "new_tokens": new_tokens, "source": source, "model": args.model}
