@@ -1,7 +1,8 @@
 """What one unlearning step costs: ours, ours without each of its savings, the field's way, plain fine-tuning. Side by side.
 
-python bench/step.py --quick --json step.json                      10 minutes on 2 cores: the three ratios, each saving
-python bench/step.py --model SMOLLM2 --data-dir DATA --plot step.png    the same longer, real weights and text, with sweeps
+python bench/step.py --quick --json step.json                    10 minutes on 2 cores: the ratios, what each saving earns
+python bench/step.py --model SMOLLM2 --data-dir DATA             25 minutes: real weights and text, all variants
+python bench/step.py --only ours,field --sweep sweep.png         how both grow with length, batch, vocabulary, model
 python bench/step.py --shape llama2-7b --device cuda --only ours --gradient-checkpointing
 
 Each variant is a fresh process with the same weights, batch and dtype, so that its peak memory is its own; their steps take
@@ -501,9 +502,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="forget sequences, and as many retain sequences")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="ours: sequences per forward pass")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant, after one that is not timed")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one that is not timed")
     parser.add_argument("--only", help="variants to measure, with commas: " + ", ".join(NAMES))
-    parser.add_argument("--quick", action="store_true", help="three timed steps, no sweeps")
+    parser.add_argument("--quick", action="store_true", help="two timed steps for the ratios, one to see each saving")
     parser.add_argument(
         "--sweep", metavar="PNG", help="also vary length, batch, vocabulary and model size, and plot it here"
     )
@@ -513,17 +514,12 @@ def main() -> int:
     if args.worker:
         worker(args)
         return 0
-    steps = 3 if args.quick else args.steps
+    without = list(WITHOUT.values())
+    groups = [["ours", "finetune", "field"], ["ours", *without[:3]], ["ours", *without[3:], "ours-eager"]]
+    if not args.quick:
+        groups += [["ours", "field-npo"], ["ours", "ours-compiled-loss", "ours-checkpointing", "finetune-eager"]]
     if args.only:
         groups = [args.only.split(",")]
-    else:
-        groups = [
-            ["ours", "finetune", "field"],
-            ["ours", *list(WITHOUT.values())[:3]],
-            ["ours", *list(WITHOUT.values())[3:], "ours-eager"],
-        ]
-        if not args.quick:
-            groups += [["ours", "ours-compiled-loss", "ours-checkpointing", "finetune-eager"], ["ours", "field-npo"]]
     if unknown := [v for group in groups for v in group if v not in NAMES]:
         raise SystemExit(f"error: --only {unknown[0]}: unknown; known are {', '.join(NAMES)}")
     config = LlamaConfig.from_folder(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
@@ -537,7 +533,8 @@ def main() -> int:
         flush=True,
     )
     results = {}
-    for group in groups:
+    for number, group in enumerate(groups):
+        steps = (1 if number else 2) if args.quick else args.steps
         measured = measure(group, args, steps)
         first = measured[group[0]]["all_seconds"]
         for variant, r in measured.items():
