@@ -187,7 +187,7 @@ def _scores(logits: Tensor, ref_logits: Tensor, preference: Tensor) -> Tensor:
 def dipo_scores(
     logits: Tensor,
     ref_logits: Tensor,
-    role: str = "forget",
+    role: str,
     alpha: float = 1.0,
     p: float = 0.05,
     filter: str = "both",
@@ -304,7 +304,7 @@ def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, 
     return negative_preference_loss(nll(logits, targets, mask) - nll(ref_logits.detach(), targets, mask), beta)
 
 
-def negative_preference_loss(gap: Tensor, beta: float = 0.1) -> Tensor:
+def negative_preference_loss(gap: Tensor, beta: float) -> Tensor:
     """NPO of gap = nll_theta - nll_ref [B] -> [B]."""
     return -(2 / beta) * F.logsigmoid(beta * gap)
 

@@ -252,6 +252,14 @@ def test_rank_threshold_counts_tokens_whatever_the_rounding_of_p():
         assert (dipo.memory_vector(torch.arange(V) + 1.0, p, "rank") != 0).sum() == kept
 
 
+def test_a_token_exactly_at_the_relative_threshold_counts_as_passing_it():
+    """Three tokens pass with it, one more than the rank threshold allows; without it two, and nothing would be ranked."""
+    z = torch.full((20,), -10.0, dtype=torch.float64)
+    z[:3] = torch.tensor([20.0, 19.0, 20.0 + math.log(0.1)], dtype=torch.float64)
+    assert (dipo.memory_vector(z, 0.1, "relative") != 0).sum() == 3
+    assert (dipo.memory_vector(z, 0.1, "both") != 0).nonzero().flatten().tolist() == [0, 1]
+
+
 def test_relative_threshold_is_closed():
     """A token of exactly p times the largest probability is kept, one just below it is not."""
     z = torch.tensor([1.0, 1.0 + math.log(0.5), 1.0 + math.log(0.5) - 1e-9], dtype=torch.float64)
