@@ -23,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, whose eval.py is another
+HERE = Path(__file__).resolve().parent
+sys.path[:1] = [str(HERE.parent), str(HERE)]  # this folder last: its eval.py is another
+from machine import pick_dtype  # noqa: E402
+
 from data import DataError, Example, Tokenizer, load_rows  # noqa: E402
 from eval import score_answers  # noqa: E402
 from model import Llama, LlamaConfig, ModelError, generate, load_pretrained, resolve_folder  # noqa: E402
@@ -152,7 +155,9 @@ def main() -> int:
         "--data-dir", default=os.environ.get("DIPO_DATA"),
         help="TOFU in hub layout (default: $DIPO_DATA); with --model the rows are its text, else random tokens",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of activations")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of activations; auto: as step.py"
+    )
     parser.add_argument("--rows", type=int, help="scored and generated from (default 256, with --quick 64)")
     parser.add_argument("--new-tokens", type=int, default=200, help="limit of a generation (default: TOFU's 200)")
     parser.add_argument("--turns", type=int, default=3, help="how often each side is timed")
@@ -160,6 +165,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
     args = parser.parse_args()
     rows, new_tokens = args.rows or (64 if args.quick else 256), args.new_tokens
+    args.dtype, why = pick_dtype(args.dtype, "cpu")
     dtype = getattr(torch, args.dtype)
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -172,7 +178,7 @@ def main() -> int:
     prompts = [list(e.ids[: e.prompt_length]) for e in examples]
     machine = platform.processor() or platform.machine()
     print(
-        f"{args.model or 'random weights'}, {source}, {args.dtype}, {torch.get_num_threads()} threads ({machine}), "
+        f"{args.model or 'random weights'}, {source}, {args.dtype} ({why}), {torch.get_num_threads()} threads ({machine}), "
         f"torch {torch.__version__}, transformers {transformers.__version__}",
         flush=True,
     )

@@ -32,6 +32,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from machine import matmul_rate, pick_dtype  # noqa: E402
+
 import data  # noqa: E402
 import train  # noqa: E402
 from model import Llama, LlamaConfig, load_pretrained, resolve_folder  # noqa: E402
@@ -353,20 +355,8 @@ def measure(variants: list[str], args, steps: int, **changed) -> dict[str, dict]
 
 def matmul_ceiling(args) -> float:
     """FLOP/s of the best of a few matrix products in the compute dtype."""
-    best = 0.0
-    for n, k, m in ((2048, 2048, 2048), (4096, 1024, 4096), (8192, 8192, 8192))[
-        : 3 if args.device.startswith("cuda") else 2
-    ]:
-        a, b = (torch.randn(shape, device=args.device, dtype=getattr(torch, args.dtype)) for shape in ((n, k), (k, m)))
-        for _ in range(10):
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            a @ b
-            if args.device.startswith("cuda"):
-                torch.cuda.synchronize()
-            best = max(best, 2 * n * k * m / (time.perf_counter() - began))
-    return best
+    sizes = (2048, 2048, 2048), (4096, 1024, 4096), (8192, 8192, 8192)
+    return matmul_rate(getattr(torch, args.dtype), args.device, sizes[: 3 if args.device.startswith("cuda") else 2])
 
 
 def work(config: LlamaConfig, examples: dict[str, list[data.Example]]) -> dict:
@@ -472,6 +462,7 @@ def draw_sweeps(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+QUICK_SECONDS = 240  # --quick starts no further group of variants after this time
 SETTINGS = (
     "model",
     "shape",
@@ -496,7 +487,10 @@ def main() -> int:
     )
     parser.add_argument("--length", type=int, help="all sequences of this many tokens, half of them answer")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of activations; weights are float32"
+        "--dtype",
+        default="auto",
+        choices=("auto", "bfloat16", "float32"),
+        help="of activations; weights are float32; auto: bfloat16 where its matrix products are not slower",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=16, help="forget sequences, and as many retain sequences")
@@ -504,7 +498,9 @@ def main() -> int:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one that is not timed")
     parser.add_argument("--only", help="variants to measure, with commas: " + ", ".join(NAMES))
-    parser.add_argument("--quick", action="store_true", help="two timed steps for the ratios, one to see each saving")
+    parser.add_argument(
+        "--quick", action="store_true", help="two timed steps for the ratios, one for each saving in 10 minutes"
+    )
     parser.add_argument(
         "--sweep", metavar="PNG", help="also vary length, batch, vocabulary and model size, and plot it here"
     )
@@ -522,18 +518,23 @@ def main() -> int:
         groups = [args.only.split(",")]
     if unknown := [v for group in groups for v in group if v not in NAMES]:
         raise SystemExit(f"error: --only {unknown[0]}: unknown; known are {', '.join(NAMES)}")
+    args.dtype, why = pick_dtype(args.dtype, args.device)
     config = LlamaConfig.from_folder(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
     config = dataclasses.replace(config, vocab_size=args.vocab or config.vocab_size)
     counted, ceiling = work(config, make_examples(args, config.vocab_size)), matmul_ceiling(args)
     print(
-        f"{args.model or args.shape + ', random weights'}; {args.device}, {args.dtype}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; {args.batch} + {args.batch} sequences, {counted['tokens']:,} tokens, "
-        f"{counted['answer_tokens']:,} of them predict answers; DiPO {counted['dipo'] / 1e12:.2f} TFLOP, fine-tuning "
+        f"{args.model or args.shape + ', random weights'}; {args.device}, {args.dtype} ({why}), "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} + {args.batch} sequences, "
+        f"{counted['tokens']:,} tokens, {counted['answer_tokens']:,} of them predict answers; DiPO {counted['dipo'] / 1e12:.2f} TFLOP, fine-tuning "
         f"{counted['finetuning'] / 1e12:.2f}; matrix products reach {ceiling / 1e12:.2f} TFLOP/s\n",
         flush=True,
     )
-    results = {}
+    results, began = {}, time.perf_counter()
     for number, group in enumerate(groups):
+        if args.quick and time.perf_counter() - began > QUICK_SECONDS:
+            left = sorted({v for g in groups[number:] for v in g} - results.keys())
+            print(f"left out, this machine being slow: {', '.join(left)}; measure them without --quick", flush=True)
+            break
         steps = (1 if number else 2) if args.quick else args.steps
         measured = measure(group, args, steps)
         first = measured[group[0]]["all_seconds"]

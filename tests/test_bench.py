@@ -20,6 +20,7 @@ def script(name: str):
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
     before = list(sys.path)
+    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
     sys.path[:] = before
     return module
