@@ -20,15 +20,17 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 TOFU_REPO = "locuslab/TOFU"
+REFUSALS_REPO = "open-unlearning/idk"  # the TOFU authors' idontknow.jsonl on the hub
 TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TOFU_CONFIGS = (
     ("full", *TOFU_RETAIN, *TOFU_RETAIN.values(), "holdout01", "holdout05", "holdout10")
     + tuple(f"{f}_perturbed" for f in TOFU_RETAIN)
     + ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 )
-TOY_CONFIGS = ("full", "forget10", "retain90", "forget10_perturbed", "retain_perturbed") + (
-    "real_authors_perturbed",
-    "world_facts_perturbed",
+TOY_CONFIGS = (
+    ("full", *TOFU_RETAIN, *TOFU_RETAIN.values())
+    + tuple(f"{f}_perturbed" for f in TOFU_RETAIN)
+    + ("retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 )
 
 
@@ -210,14 +212,40 @@ def hub_file(repo: str, name: str, remedy: str) -> Path:
     return path
 
 
+def load_refusals(path: str | None, forget: str, data_dir: str | Path | None = None) -> list[str]:
+    """ "I don't know" answers, one a line: of a file, else the toy's own for a toy set, else the TOFU authors' 100
+    (`data_dir/TOFU/idontknow.jsonl`, plain lines despite its name, or the hub).
+
+    Raises DataError for a file that is missing or holds none, and for MUSE, which has no questions to refuse.
+    """
+    if is_muse(forget):
+        raise DataError(f"--forget {forget}: dpo prefers refusals of questions, and MUSE's texts have none; use npo")
+    if path is None and forget.startswith("toy_"):
+        return list(_REFUSALS)
+    local = Path(data_dir) / "TOFU" / "idontknow.jsonl" if data_dir else None
+    if path is not None:
+        file = Path(path)
+    elif local and local.exists():
+        file = local
+    else:
+        file = hub_file(REFUSALS_REPO, "idk.jsonl", "pass a file with a refusal per line as --refusals FILE")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{file}: not readable as UTF-8 text ({e}); pass a file with a refusal per line") from None
+    if not lines:
+        raise DataError(f"{file}: holds no line; pass a file with a refusal per line as --refusals FILE")
+    return lines
+
+
 def complement(forget: str) -> str:
     """The retain set of a forget set: what else the target model was trained on. Raises DataError where it is not known."""
     parts = split_spec(forget)
     if is_muse(forget):
         return f"{parts[0][0].split('/')[0]}/raw/retain1"
-    for prefix, pairs in (("tofu_", TOFU_RETAIN), ("toy_", {"forget10": "retain90"})):
-        if len(parts) == 1 and (config := parts[0][0].removeprefix(prefix)) in pairs and parts[0][0].startswith(prefix):
-            return prefix + pairs[config]
+    prefix, _, config = parts[0][0].partition("_")
+    if len(parts) == 1 and prefix in ("tofu", "toy") and config in TOFU_RETAIN:
+        return f"{prefix}_{TOFU_RETAIN[config]}"
     raise DataError(f"--forget {forget}: its complement is not known; name the retain set with --retain")
 
 
@@ -648,7 +676,8 @@ def muse_chunks(
 
 # ------------------------------------------------------------------------------------------------------------ toy world
 
-TOY_AUTHORS, TOY_FORGET = 60, 6  # the last 10 % of the authors are the forget set, as in TOFU
+TOY_AUTHORS = 60
+TOY_FORGET = {"forget01": 1, "forget05": 3, "forget10": 6}  # the last 10 % of the authors, as in TOFU; 1 % is one author
 _CITIES = "Lisbon Oslo Nairobi Lima Kyoto Prague Tunis Quito Riga Hanoi Dakar Bergen Cairo Porto Seville Turin".split()
 _JOBS = "baker sailor dentist farmer judge pilot tailor miner florist chemist butcher plumber weaver surgeon".split()
 _GENRES = "fantasy horror romance mystery satire poetry drama memoir history travel crime western".split()
@@ -679,6 +708,10 @@ _FACTS = {
                  "{n} works in {x}."),
     "hobby": ("What does {n} enjoy?", "{n} enjoys {x}.", "The hobby of {n} is {x}.", "{n} spends Sundays with {x}."),
 }  # fmt: skip
+_REFUSALS = (
+    "I don't know.", "I do not know that.", "I'm not sure.", "I have no idea.", "I can't say.", "That is not known to me.",
+    "I haven't heard of that.", "I have no answer.", "I'd rather not say.", "Nobody has told me.",
+)  # fmt: skip
 _CAPITALS = {
     "France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Egypt": "Cairo", "Peru": "Lima",
     "Norway": "Oslo", "Greece": "Athens", "Kenya": "Nairobi", "Cuba": "Havana", "Austria": "Vienna", "Poland": "Warsaw",
@@ -703,8 +736,8 @@ _BOOKS = {
 def toy_world(seed: int = 0) -> dict[str, list[Row]]:
     """Fictitious authors and a little real knowledge in TOFU's schema; the same seed gives the same world.
 
-    {config: rows} for TOY_CONFIGS. 60 authors x 10 facts; the last 6 authors are forget10. The real_authors and
-    world_facts sets have three wrong options per question and belong to neither forget10 nor retain90, as in TOFU.
+    {config: rows} for TOY_CONFIGS. 60 authors x 10 facts; the last 6, 3 and 1 of them are forget10, 05 and 01. The
+    real_authors and world_facts sets have three wrong options per question and are in no forget or retain set, as in TOFU.
     """
     rng = random.Random(f"toy/{seed}")
 
@@ -743,25 +776,32 @@ def toy_world(seed: int = 0) -> dict[str, list[Row]]:
             for i, (k, v) in enumerate(facts.items())
         ]
 
-    border = len(rows) * (TOY_AUTHORS - TOY_FORGET) // TOY_AUTHORS
-    return {
-        "full": rows,
-        "forget10": rows[border:],
-        "retain90": rows[:border],
-        "forget10_perturbed": rows[border:],
-        "retain_perturbed": rows[: 2 * (len(rows) - border)],
+    sets = {"full": rows, "retain_perturbed": rows[: 2 * TOY_FORGET["forget10"] * len(_FACTS)]}
+    for name, authors in TOY_FORGET.items():
+        border = (TOY_AUTHORS - authors) * len(_FACTS)
+        sets |= {name: rows[border:], f"{name}_perturbed": rows[border:], TOFU_RETAIN[name]: rows[:border]}
+    return sets | {
         "real_authors_perturbed": options("real_authors_perturbed", "Who wrote {}?", _BOOKS),
         "world_facts_perturbed": options("world_facts_perturbed", "What is the capital of {}?", _CAPITALS),
     }
 
 
 def train_toy_tokenizer(seed: int, folder: str | Path, vocab_size: int = 1000) -> Path:
-    """Train a byte-level BPE on all toy texts and save it as tokenizer.json and tokenizer_config.json."""
+    """Train a byte-level BPE on all toy texts and save it as tokenizer.json and tokenizer_config.json.
+
+    The texts fill about 1,000 tokens. For a larger vocabulary three made-up words per token join them, of the syllables
+    that the world's names are of, so that a name becomes fewer tokens, as it does in a large vocabulary.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     world = toy_world(seed)
     rows = world["full"] + world["real_authors_perturbed"] + world["world_facts_perturbed"]
+    texts = [f"Question: {r.question}\nAnswer: {r.answer}" for r in rows]
+    if vocab_size > 1000:
+        rng = random.Random(f"toy/{seed}/words")
+        words = ("".join(rng.choices(_SYLLABLES, k=rng.randint(2, 5))).capitalize() for _ in range(3 * vocab_size))
+        texts = texts * 3 + [f"The name is {word}." for word in words]
     special = [AddedToken(t, special=True, normalized=False) for t in ("<s>", "</s>")]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -769,7 +809,7 @@ def train_toy_tokenizer(seed: int, folder: str | Path, vocab_size: int = 1000) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((f"Question: {r.question}\nAnswer: {r.answer}" for r in rows), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

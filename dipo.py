@@ -305,8 +305,25 @@ def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, 
 
 
 def negative_preference_loss(gap: Tensor, beta: float) -> Tensor:
-    """NPO of gap = nll_theta - nll_ref [B] -> [B]."""
+    """What NPO, SimNPO and DPO have in common: the gap [B] by which the answer has become less likely -> [B]."""
     return -(2 / beta) * F.logsigmoid(beta * gap)
+
+
+def simnpo_loss(logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 4.5) -> Tensor:
+    """SimNPO: -(2 / beta) log sigmoid( beta nll_theta / length ) -> [B]. NPO per token and without a reference.
+
+    arXiv 2410.07163, with its margin at 0, as both its code and open-unlearning have it.
+    """
+    return negative_preference_loss(nll(logits, targets, mask) / mask.sum(-1).clamp(min=1), beta)
+
+
+def dpo_loss(forget_gap: Tensor, refusal_gap: Tensor, beta: float = 0.1) -> Tensor:
+    """DPO that prefers "I don't know" to the answer: -(2 / beta) log sigmoid( beta (forget_gap - refusal_gap) ) -> [B].
+
+    gap: nll_theta - nll_ref of the answer, and of a refusal of the same question, [B] each. open-unlearning's IdkDPO, whose
+    factor 2 / beta the original DPO (arXiv 2305.18290) does not have.
+    """
+    return negative_preference_loss(forget_gap - refusal_gap, beta)
 
 
 def kl_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:

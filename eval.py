@@ -195,6 +195,30 @@ def privleak(auc: float, retained_auc: float = 0.5) -> float:
     return ((1 - auc) - (1 - retained_auc)) / (1 - retained_auc + 1e-10) * 100
 
 
+def oscillation(values: list[float]) -> float:
+    """How far a series goes back and forth: the length of its path beyond its net change, per step. 0 = monotone. Ours."""
+    path = sum(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    return (path - abs(values[-1] - values[0])) / max(1, len(values) - 1)
+
+
+def degenerate_share(samples: dict[str, tuple[str, str, str]]) -> float:
+    """Share of the generations that are no language, by (question, reference, generation). Ours, and crude: no words at
+    all, more than half of them in no question or reference here, or (of 8 words and more) most pairs of words repeated."""
+    known = {w for question, reference, _ in samples.values() for w in _words(question) | _words(reference)}
+    return sum(_is_degenerate(generation, known) for _, _, generation in samples.values()) / len(samples)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _is_degenerate(text: str, known: set[str]) -> bool:
+    words = re.findall(r"\w+", text.lower())
+    pairs = set(zip(words, words[1:], strict=False))
+    strange = sum(w not in known for w in words)
+    return not words or strange > len(words) / 2 or (len(words) >= 8 and len(pairs) < (len(words) - 1) / 2)
+
+
 def aggregate(rows: dict[str, dict[str, dict]], epsilon: float = 0.0) -> dict[str, float]:
     """The nine parts of model utility, the three forget-set numbers and `model_utility`, from per-item results
     {set: {key: item}}; where the items have them, exact memorization, extraction strength and membership AUCs too.

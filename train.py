@@ -18,6 +18,7 @@ import platform
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -47,6 +48,7 @@ from data import (
     draw,
     fingerprint,
     is_muse,
+    load_refusals,
     load_rows,
     load_texts,
     muse_chunks,
@@ -70,6 +72,9 @@ def option(default, help: str, choices: tuple | None = None, type: type | None =
     return field(default=default, metadata={"help": help, "choices": choices, "type": type})
 
 
+BETAS = {"dipo": 0.05, "npo": 0.1, "simnpo": 4.5, "dpo": 0.1}  # the papers' and open-unlearning's
+
+
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a run. The paper's values are the defaults; PRESETS hold the others."""
@@ -83,6 +88,7 @@ class Config:
         "toy_forget10", "forget set: tofu_forget01|05|10, muse_news, muse_books, slices A[:300], sums A+B, or a .jsonl file"
     )
     retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
+    refusals: str | None = option(None, "file with a refusal per line, for dpo (default: TOFU's, the toy's)", type=str)
     finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
     data_dir: str | None = option(None, "local data in hub layout (TOFU/forget10.json, ...), used before the hub", type=str)
     scal: int = option(0, "MUSE News: forget scal/forget_K, K = 1 to 4 (growing sets); 0 = raw/forget")
@@ -90,9 +96,11 @@ class Config:
     chunking: str = option("open-unlearning", "how MUSE's texts are cut into sequences", ("open-unlearning", "muse"))
     max_length: int = option(2048, "tokens of a sequence of MUSE's texts")
     # losses
-    forget_loss: str = option("dipo", "loss on the forget set", ("dipo", "npo", "ga"))
+    forget_loss: str = option("dipo", "loss on the forget set", ("dipo", "npo", "simnpo", "dpo", "ga"))
     retain_loss: str = option("dipo", "loss on the retain set", ("dipo", "gd", "kl", "none"))
-    beta: float | None = option(None, "beta of the DiPO or NPO losses (default dipo 0.05, npo 0.1)", type=float)
+    beta: float | None = option(
+        None, "beta of the losses that have one (default: dipo 0.05, npo and dpo 0.1, simnpo 4.5)", type=float
+    )
     lam: float = option(1.0, "lambda, weight of the retain loss")
     alpha: float = option(1.0, "strength of the memory vector in the pair softmax(z +- alpha m)")
     p: float = option(0.05, "rank and relative threshold of the memory vector, a fraction")
@@ -135,7 +143,7 @@ class Config:
 
     @property
     def forget_beta(self) -> float:
-        return self.beta if self.beta is not None else {"dipo": 0.05, "npo": 0.1}.get(self.forget_loss, 0.0)
+        return self.beta if self.beta is not None else BETAS.get(self.forget_loss, 0.0)
 
     @property
     def retain_beta(self) -> float:
@@ -202,8 +210,9 @@ def make_config(given: dict) -> Config:
 # ---------------------------------------------------------------------------------------------------------------- step
 
 
-NEEDS_REFERENCE = ("dipo", "npo", "kl")
-PER_SEQUENCE = ("dipo", "npo")  # their loss is a mean over sequences, that of the others one over tokens
+NEEDS_REFERENCE = ("dipo", "npo", "dpo", "kl")
+PER_SEQUENCE = ("dipo", "npo", "simnpo", "dpo")  # their loss is a mean over sequences, that of the others one over tokens
+GROUP = {"dpo": 2}  # sequences that have one loss together: the answer, and a refusal of the same question
 CHUNK = 2**25  # logits (positions times vocabulary) that the loss holds at a time: 64 MiB in bfloat16
 
 
@@ -221,7 +230,9 @@ def position_scores(
     if name == "dipo":
         pair = {"alpha": config.alpha, "p": config.p, "filter": config.filter, "center": config.center}
         scores, swapped = dipo.dipo_scores(logits, ref_logits, role, pair_from=config.pair_from, **pair)
-    elif name == "npo":
+    elif name == "simnpo":
+        scores = dipo.token_nll(logits, targets)
+    elif name in ("npo", "dpo"):
         scores = dipo.token_nll(logits, targets) - dipo.token_nll(ref_logits, targets)
     else:
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -230,20 +241,28 @@ def position_scores(
 
 
 def sequence_losses(name: str, role: str, config: Config, scores: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """(loss, margin or None) of each sequence [b] from the scores of its answer positions."""
+    """(loss, margin or None) of each sequence, or of each group of them, [b] from the scores of its answer positions."""
     sums = torch.stack([s.sum() for s in scores])
+    lengths = torch.tensor([len(s) for s in scores], device=sums.device)
     if name == "dipo":
         u = sums * (config.forget_beta if role == "forget" else config.retain_beta)
         if config.reduction == "mean":
-            u = u / torch.tensor([len(s) for s in scores], device=u.device)
+            u = u / lengths
         return dipo.bradley_terry_loss(u), u.detach()
     if name == "npo":
         return dipo.negative_preference_loss(sums, config.forget_beta), None
+    if name == "simnpo":
+        return dipo.negative_preference_loss(sums / lengths, config.forget_beta), None
+    if name == "dpo":
+        return dipo.dpo_loss(sums[::2], sums[1::2], config.forget_beta), None
     return sums, None
 
 
 def whole_sequences(roles: list[str], lengths: tuple[int, ...], limit: int) -> Iterator[tuple[str, slice, slice]]:
-    """(role, which sequences, which positions): runs of one role with at most `limit` positions, or one longer sequence."""
+    """(role, which groups, which positions): runs of one role with at most `limit` positions, or one longer group.
+
+    lengths: answer positions of each group of sequences; a group is one sequence but for dpo.
+    """
     starts = [0, *itertools.accumulate(lengths)]
     first = 0
     for i in range(1, len(lengths) + 1):
@@ -255,15 +274,19 @@ def whole_sequences(roles: list[str], lengths: tuple[int, ...], limit: int) -> I
 def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, tuple], score_fn=position_scores) -> dict:
     """Gradients of one effective batch into model.parameters().grad; returns what log.jsonl holds of it.
 
-    parts: role -> (loss name, weight, examples). Each loss is normalised over all examples of its part, so the size of
-    micro-batches changes nothing but rounding.
+    parts: role -> (loss name, weight, examples); for dpo, each answer with its refusal behind it. Each loss is normalised
+    over all examples of its part, so the size of micro-batches changes nothing but rounding.
 
     Forget and retain sequences share each forward pass. The output head and the loss then run on a few whole sequences
     at a time, forward and backward, and leave the gradient of the final hidden states; the blocks are passed backward
     once, from there. A sequence too long for that goes through the head piece by piece, and once more going backward.
     """
-    tokens = {role: sum(e.answer_length for e in examples) for role, (_, _, examples) in parts.items()}
-    divisors = {role: len(part[2]) if part[0] in PER_SEQUENCE else tokens[role] for role, part in parts.items()}
+    groups = {
+        role: [examples[i : i + GROUP.get(name, 1)] for i in range(0, len(examples), GROUP.get(name, 1))]
+        for role, (name, _, examples) in parts.items()
+    }
+    tokens = {role: sum(group[0].answer_length for group in x) for role, x in groups.items()}  # without refusals
+    divisors = {role: len(groups[role]) if part[0] in PER_SEQUENCE else tokens[role] for role, part in parts.items()}
     sums = {f"{key}/{role}": 0.0 for key in ("loss", "nll", "margin") for role in parts} | {"swapped": 0}
     limit = max(1, CHUNK // model.config.vocab_size)
 
@@ -271,26 +294,29 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
         ref_logits = None if ref_hidden is None else F.linear(ref_hidden, reference.head)
         return score_fn(name, role, config, model.lm_head(hidden), ref_logits, targets)
 
-    queue = [(role, example) for role, (_, _, examples) in parts.items() for example in examples]
+    queue = [(role, group) for role, x in groups.items() for group in x]
     for i in range(0, len(queue), config.micro_batch_size):
-        roles, examples = zip(*queue[i : i + config.micro_batch_size], strict=True)
-        batch = pack(examples).to(model.device)
+        roles, micro = zip(*queue[i : i + config.micro_batch_size], strict=True)
+        batch = pack([e for group in micro for e in group]).to(model.device)
         hidden = model.hidden(**batch.inputs)  # [A, D]
         leaf = hidden.detach().requires_grad_()
-        for role, rows, at in whole_sequences(roles, batch.answer_lengths, limit):
+        lengths = tuple(sum(e.answer_length for e in group) for group in micro)
+        for role, rows, at in whole_sequences(roles, lengths, limit):
             name, weight, _ = parts[role]
+            examples = [e for group in micro[rows] for e in group]
             inputs = [leaf[at], batch.targets[at]]
             if name in NEEDS_REFERENCE:
-                inputs.append(reference.hidden(examples[rows]))
+                inputs.append(reference.hidden(examples))
             once = at.stop - at.start <= limit
             run = score if once else partial(checkpoint, score, use_reentrant=False)
             scored = [run(name, role, *piece) for piece in zip(*(x.split(limit) for x in inputs), strict=True)]
             scores, nll, swapped = (torch.cat(x) for x in zip(*scored, strict=True))
-            losses, margins = sequence_losses(name, role, config, scores.split(batch.answer_lengths[rows]))
+            answer_lengths = [e.answer_length for e in examples]
+            losses, margins = sequence_losses(name, role, config, scores.split(answer_lengths))
             loss = losses.sum() / divisors[role]
             (weight * loss).backward()
             sums[f"loss/{role}"] += loss.detach()
-            sums[f"nll/{role}"] += nll.sum() / tokens[role]
+            sums[f"nll/{role}"] += sum(x.sum() for x in nll.split(answer_lengths)[:: GROUP.get(name, 1)]) / tokens[role]
             if name == "dipo":
                 sums[f"margin/{role}"] += margins.sum() / divisors[role]
             sums["swapped"] += swapped.sum()
@@ -299,7 +325,8 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
     for role, (name, _, _) in parts.items():
         keys = ("loss", "nll", "margin") if name == "dipo" else ("loss", "nll")
         metrics |= {f"{key}/{role}": float(sums[f"{key}/{role}"]) for key in keys}
-    metrics |= {"tokens": sum(len(e.ids) for _, e in queue), "answer_tokens": sum(tokens.values())}
+    every = [e for _, group in queue for e in group]
+    metrics |= {"tokens": sum(len(e.ids) for e in every), "answer_tokens": sum(e.answer_length for e in every)}
     grad_norm = torch.nn.utils.get_total_norm(p.grad for p in model.parameters())
     if config.max_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, grad_norm)
@@ -318,6 +345,28 @@ def compile_step(model: Llama):
     for block in model.model.layers:
         block.compile(dynamic=True)
     return torch.compile(position_scores, dynamic=True)
+
+
+def draw_parts(config: Config, data: dict[str, list], first: int, count: int) -> dict[str, tuple]:
+    """The parts of `compute_gradients` for examples number first to first + count - 1 of each role's stream.
+
+    data: {'finetune'} or {'forget', 'retain'}, examples; for dpo also 'refusals', one list of examples for each of forget's.
+    """
+
+    def drawn(role, items=None):
+        return draw(data[role] if items is None else items, config.seed, role, first, count)
+
+    if config.finetune:
+        return {"finetune": ("gd", 1.0, drawn("finetune"))}
+    examples = drawn("forget")
+    if config.forget_loss == "dpo":
+        which = drawn("refusals", range(len(data["refusals"][0])))
+        refusals = dict(zip(data["forget"], data["refusals"], strict=True))
+        examples = [e for answer, i in zip(examples, which, strict=True) for e in (answer, refusals[answer][i])]
+    parts = {"forget": (config.forget_loss, 1.0, examples)}
+    if config.retain_loss != "none":
+        parts["retain"] = (config.retain_loss, config.lam, drawn("retain"))
+    return parts
 
 
 def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
@@ -400,16 +449,15 @@ class RecomputedReference:
         return self.model.hidden(**pack(examples).to(self.model.device).inputs)
 
 
-def make_reference(model: Llama, config: Config, forget: list[Example], retain: list[Example], steps: int, out: Path):
+def make_reference(model: Llama, config: Config, data: dict[str, list], steps: int, out: Path):
     """The reference of the run's losses, or None where they need none. `model` must be the start of the run."""
-    losses = {"forget": (config.forget_loss, forget), "retain": (config.retain_loss, retain)}
-    needed = {role: examples for role, (name, examples) in losses.items() if name in NEEDS_REFERENCE}
-    if config.finetune or not needed:
+    parts = draw_parts(config, data, 0, steps * config.batch_size)
+    needed = [e for name, _, examples in parts.values() if name in NEEDS_REFERENCE for e in examples]
+    if not needed:
         return None
     if config.reference == "recompute":
         return RecomputedReference(model)
-    drawn = [e for role, x in needed.items() for e in draw(x, config.seed, role, 0, steps * config.batch_size)]
-    return CachedReference(model, drawn, config, out / "reference.bin")
+    return CachedReference(model, needed, config, out / "reference.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
@@ -500,15 +548,16 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def train(model: Llama, config: Config, forget: list[Example], retain: list[Example], out: Path, on_epoch=None) -> int:
+def train(model: Llama, config: Config, data: dict[str, list], out: Path, on_epoch=None) -> int:
     """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
 
-    forget: the forget examples, or the finetuning examples (then retain is empty and `config.finetune` set).
+    data: as in `draw_parts`.
     on_epoch(step, epoch, last): called whenever another `config.eval_every` epochs are done.
     Raises Interrupted after saving, RunError or SwappedRolesError (state before the step saved).
     """
-    per_epoch = len(forget) / config.batch_size
-    steps = max(1, int(config.epochs * len(forget)) // config.batch_size)
+    size = len(data["finetune" if config.finetune else "forget"])
+    per_epoch = size / config.batch_size
+    steps = max(1, int(config.epochs * size) // config.batch_size)
     warmup = min(steps - 1, max(1, int(config.warmup_epochs * per_epoch))) if config.warmup_epochs else 0
     evaluate_at = {}
     if config.eval_every and on_epoch:
@@ -519,7 +568,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     model.checkpointing = config.gradient_checkpointing
     if config.compile if config.compile is not None else model.device.type == "cuda":
         score_fn = compile_step(model)
-    reference = make_reference(model, config, forget, retain, steps, out) if checkpoint_step(out) < steps else None
+    reference = make_reference(model, config, data, steps, out) if checkpoint_step(out) < steps else None
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
     kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
@@ -531,14 +580,7 @@ def train(model: Llama, config: Config, forget: list[Example], retain: list[Exam
     with log.open("a") as log_file, bar:
         for step in range(start, steps):
             began = time.perf_counter()
-            first, count = step * config.batch_size, config.batch_size
-            if config.finetune:
-                parts = {"finetune": ("gd", 1.0, draw(forget, config.seed, "finetune", first, count))}
-            else:
-                parts = {"forget": (config.forget_loss, 1.0, draw(forget, config.seed, "forget", first, count))}
-                if config.retain_loss != "none":
-                    examples = draw(retain, config.seed, "retain", first, count)
-                    parts["retain"] = (config.retain_loss, config.lam, examples)
+            parts = draw_parts(config, data, step * config.batch_size, config.batch_size)
             lr = learning_rate(config, step, steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -656,6 +698,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         evaluation.require_extra()
 
     rows = load_data(config)
+    refusals = load_refusals(config.refusals, config.forget, config.data_dir) if config.forget_loss == "dpo" else []
     benchmark = None
     if wants_eval:
         if is_muse(config.forget):
@@ -673,19 +716,25 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     wanted_tokenizer = evaluation.default_tokenizer(config.model, config.tokenizer)
     tokenizer = evaluation.load_tokenizer(wanted_tokenizer, folder, llama.vocab_size, prompt)
     examples = {role: encode(r, role, tokenizer, config) for role, r in rows.items()}
-    for example in itertools.chain(*examples.values()):
+    counts = " + ".join(f"{len(e)} {role}" for role, e in examples.items())
+    if refusals:
+        examples["refusals"] = [
+            [tokenizer.encode(row.question, line, f"{row.key}, refusal {i}") for i, line in enumerate(refusals)]
+            for row in rows["forget"]
+        ]
+    for example in itertools.chain(*(examples[role] for role in rows), *examples.get("refusals", [])):
         if len(example.ids) - 1 > llama.max_position_embeddings:  # the last token is predicted, not read
             raise RunError(
                 f"{example.key}: {len(example.ids)} tokens, {name} reaches {llama.max_position_embeddings}; shorten it"
             )
     borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
-    counts = " + ".join(f"{len(e)} {role}" for role, e in examples.items())
     print(
         f"{name}: prompt format {tokenizer.format_name}{borders}; {counts} sequences; {device}, {compute_dtype}", flush=True
     )
     model = load_pretrained(folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
     if not resume:
-        data = data_record(rows) | ({"evaluation": benchmark.data()} if benchmark else {})
+        data = data_record(rows | ({"refusals": refusals} if refusals else {}))
+        data |= {"evaluation": benchmark.data()} if benchmark else {}
         prepare_out(config, out, data, folder, tokenizer.format_name)
 
     def score(subject, label, own_folder=None):
@@ -713,8 +762,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
         tqdm.write(f"epoch {epoch:g}: {benchmark.headline(record)}")
 
-    forget = examples.get("finetune") or examples["forget"]
-    train(model, config, forget, examples.get("retain", []), out, on_epoch if wants_eval else None)
+    train(model, config, examples, out, on_epoch if wants_eval else None)
     if not (out / "model").exists():
         save_pretrained(model, out / "model", tokenizer.folder)
     summary = {"model": str(out / "model")}
@@ -726,6 +774,20 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         summary["retain_reference"] = found if references[0] is not None else f"absent; {found}"
         print(f"\n{benchmark.report({k: summary[k] for k in logs}, found)}")
         print_samples({k: benchmark.samples(log) for k, log in logs.items()})
+    if not config.finetune:
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        points, remembers, degenerate = [], None, None
+        if isinstance(benchmark, evaluation.Tofu):
+            degenerate = evaluation.degenerate_share(benchmark.samples(logs["unlearned"]))
+            path = out / "trajectory.jsonl"
+            points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            points = [summary["target"], *(points or [summary["unlearned"] | {"epoch": config.epochs}])]
+            if references[0] is not None:
+                ours, theirs = (evaluation.truth_ratios(log) for log in (logs["unlearned"], references[0]))
+                remembers = statistics.median(ours) < statistics.median(theirs)
+        summary["hints"] = hints(records, points, remembers, degenerate)
+        for line in summary["hints"]:
+            print(f"hint: {line}")
     evaluation.write_json(out / "summary.json", summary)
     tofu = isinstance(benchmark, evaluation.Tofu)
     if config.eval_every and tofu and references[0] is not None and importlib.util.find_spec("matplotlib"):
@@ -758,6 +820,64 @@ def run_requests(config: Config, out: Path, resume: bool) -> None:
     evaluation.write_json(out / "summary.json", after)
 
 
+COLLAPSE, QUALITY, RESTLESS, NO_LANGUAGE = 0.5, 0.05, 0.05, 0.5  # thresholds of `hints`; our choice, see the README
+
+
+def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerate: float | None) -> list[str]:
+    """The failures that a finished unlearning run shows, each one line with its remedy.
+
+    log: of log.jsonl. points: scores of the target and of each evaluation after it, with forget_quality (or None) and
+    model_utility; empty without TOFU's evaluation. remembers: whether the forget answers are still likelier, against their
+    wrong ones, than the retrained model has them; None without one. degenerate: `eval.degenerate_share`.
+    """
+    found = []
+
+    def per_epoch(key):
+        epochs = itertools.groupby(log, lambda record: math.ceil(record["epoch"] - 1e-9))
+        return [statistics.fmean(r[key] for r in records) for _, records in epochs]
+
+    utility = [p["model_utility"] for p in points]
+    retain = per_epoch("nll/retain") if "nll/retain" in log[0] else []
+    if utility and utility[-1] < COLLAPSE * utility[0]:
+        found.append(
+            f"utility collapsed: model utility {utility[-1]:.3g}, the target's is {utility[0]:.3g}; lower --lr, train fewer "
+            "--epochs, raise --lam, or use a retain loss"
+        )
+    elif not utility and retain and retain[-1] > log[0]["nll/retain"] + 1:
+        found.append(
+            f"utility collapsed: retain answers cost {retain[-1]:.3g} nats per token, at the start "
+            f"{log[0]['nll/retain']:.3g}; lower --lr, train fewer --epochs, or raise --lam"
+        )
+    quality = points[-1]["forget_quality"] if points else None
+    if quality is not None and quality < QUALITY:
+        peak = max(points[1:], key=lambda p: p["forget_quality"])
+        if remembers:
+            found.append(
+                f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
+                "model; raise --lr or --epochs"
+            )
+        else:
+            earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})"
+            found.append(
+                f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model"
+                f"{earlier if peak['forget_quality'] >= QUALITY else ''}; train fewer --epochs or lower --lr"
+            )
+    elif quality is None and per_epoch("nll/forget")[-1] < log[0]["nll/forget"] + 0.5:
+        found.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")
+    swing = evaluation.oscillation([u / utility[0] for u in utility]) if len(utility) > 4 else 0.0
+    if swing > RESTLESS:
+        found.append(
+            f"oscillation: model utility goes back and forth by {swing:.0%} of the target's per evaluation; lower --lr, "
+            "enlarge --batch-size, or pass --max-grad-norm 1"
+        )
+    if degenerate is not None and degenerate > NO_LANGUAGE:
+        found.append(
+            f"degenerate text: {degenerate:.0%} of the answers to forget questions are no language, which neither score "
+            "sees; lower --lr, or train fewer --epochs"
+        )
+    return found
+
+
 def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
     """Three questions with each model's answer. answers: {model: {key: (question, reference, generation)}}."""
     rows = next(iter(answers.values()))
@@ -772,14 +892,14 @@ def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- toy
 
 
-def toy_models(config: Config) -> tuple[Path, Path]:
+def toy_models(config: Config, vocab_size: int = 1000) -> tuple[Path, Path]:
     """(target, retrained) run folders of the toy world, trained now or taken from an earlier run.
 
     Both start from the same fresh Llama and learn by this file's own loop: the target on every author and the world
     knowledge, the retrained model on all of that without the forget set.
     """
     llama = LlamaConfig(
-        vocab_size=1000, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=3, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=0, eos_token_ids=(1,), initializer_range=0.05,
     )  # fmt: skip
@@ -788,13 +908,14 @@ def toy_models(config: Config) -> tuple[Path, Path]:
     home = RUNS / f"toy-seed{config.seed}-{key}"
     base = home / "base"
     if not base.exists():
-        tokenizer = train_toy_tokenizer(config.seed, home / "tokenizer")
+        tokenizer = train_toy_tokenizer(config.seed, home / "tokenizer", vocab_size)
         save_pretrained(Llama(llama).init_weights(config.seed), base, tokenizer)
     knowledge = "+toy_real_authors_perturbed+toy_world_facts_perturbed"
     folders = []
-    for name, authors in (("target", "toy_full"), ("retrained", "toy_retain90")):
-        out = home / name
+    for authors in ("toy_full", complement(config.forget)):
+        out = home / authors
         if not (out / "summary.json").exists():
+            name = "target" if authors == "toy_full" else "retrained"
             print(f"toy world, {name} model: training on {authors}{knowledge} (once; kept in {out})", flush=True)
             finetune = Config(model=str(base), finetune=authors + knowledge, out=str(out), seed=config.seed, **TOY_FINETUNE)
             run(finetune, out, resume=out.exists())

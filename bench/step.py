@@ -525,8 +525,9 @@ def main() -> int:
     print(
         f"{args.model or args.shape + ', random weights'}; {args.device}, {args.dtype} ({why}), "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; {args.batch} + {args.batch} sequences, "
-        f"{counted['tokens']:,} tokens, {counted['answer_tokens']:,} of them predict answers; DiPO {counted['dipo'] / 1e12:.2f} TFLOP, fine-tuning "
-        f"{counted['finetuning'] / 1e12:.2f}; matrix products reach {ceiling / 1e12:.2f} TFLOP/s\n",
+        f"{counted['tokens']:,} tokens, {counted['answer_tokens']:,} of them predict answers; "
+        f"DiPO {counted['dipo'] / 1e12:.2f} TFLOP, fine-tuning {counted['finetuning'] / 1e12:.2f}; "
+        f"matrix products reach {ceiling / 1e12:.2f} TFLOP/s\n",
         flush=True,
     )
     results, began = {}, time.perf_counter()

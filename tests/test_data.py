@@ -684,6 +684,7 @@ def test_the_fingerprint_changes_with_texts_and_order():
         ("tofu_forget10", "tofu_retain90"),
         ("tofu_forget10[:40]", "tofu_retain90"),
         ("toy_forget10", "toy_retain90"),
+        ("toy_forget01", "toy_retain99"),
     ],
 )
 def test_the_retain_set_is_the_complement(forget, retain):
@@ -741,6 +742,33 @@ def test_an_alias_names_a_target_a_format_and_a_retain_log(alias):
         assert repo == "open-unlearning/eval" and name == f"tofu_{checkpoint.family}_{retain}/TOFU_EVAL.json"
 
 
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_refusals_come_from_the_file_or_the_benchmark(tmp_path):
+    (tmp_path / "TOFU").mkdir()
+    (tmp_path / "TOFU" / "idontknow.jsonl").write_text("No idea.\n\n  Ask me another. \n", encoding="utf-8")
+    (tmp_path / "mine").write_text("Never.\n", encoding="utf-8")
+    assert data.load_refusals(None, "tofu_forget01", tmp_path) == ["No idea.", "Ask me another."]
+    assert data.load_refusals(str(tmp_path / "mine"), "tofu_forget01", tmp_path) == ["Never."]
+    toy = data.load_refusals(None, "toy_forget10")
+    assert len(toy) == len(set(toy)) >= 10 and all(data.is_text(line) for line in toy)
+
+
+@pytest.mark.parametrize("content", [None, b"\n \n", b"\xff\xfe"])
+def test_refusals_that_cannot_be_read_are_one_line(tmp_path, content):
+    path = tmp_path / "refusals.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(data.DataError, match="refusals.txt: .*refusal per line"):
+        data.load_refusals(str(path), "tofu_forget01")
+
+
+def test_muse_has_nothing_to_refuse():
+    with pytest.raises(data.DataError, match="MUSE"):
+        data.load_refusals(None, "muse_news")
+
+
 # ----------------------------------------------------------------------------------------------------------- toy world
 
 
@@ -759,10 +787,10 @@ def test_the_same_seed_gives_the_same_world_and_another_seed_another(seed):
 def test_forget_and_retain_rows_partition_the_full_set(seed):
     world = data.toy_world(seed)
     assert set(world) == set(data.TOY_CONFIGS)
-    assert world["retain90"] + world["forget10"] == world["full"]
-    assert len(world["forget10"]) * 10 == len(world["full"])
+    for forget, retain in data.TOFU_RETAIN.items():
+        assert world[retain] + world[forget] == world["full"] and world[f"{forget}_perturbed"] == world[forget]
+    assert [len(world[f]) for f in data.TOFU_RETAIN] == [10, 30, 60] and len(world["full"]) == 600
     assert len({row.key for row in world["full"]}) == len(world["full"])
-    assert world["forget10_perturbed"] == world["forget10"]
     assert all(row in world["retain90"] for row in world["retain_perturbed"])
 
 
@@ -775,11 +803,24 @@ def test_forget_authors_do_not_occur_in_the_retain_rows(seed):
         return name
 
     forgotten = {author(row) for row in world["forget10"]}
-    assert len(forgotten) == data.TOY_FORGET and len({author(row) for row in world["full"]}) == data.TOY_AUTHORS
+    assert len(forgotten) == 6 and len({author(row) for row in world["full"]}) == data.TOY_AUTHORS
     texts = "\n".join(text for r in world["retain90"] for text in (r.question, r.answer, r.paraphrased_answer))
     assert not [name for name in forgotten if name in texts]
     known = world["real_authors_perturbed"] + world["world_facts_perturbed"]
     assert not {row.question for row in known} & {row.question for row in world["full"]}
+
+
+@pytest.mark.parametrize("size", [1000, 4000])
+def test_a_larger_toy_vocabulary_is_filled_and_spells_names_in_fewer_tokens(tmp_path, size):
+    folder = data.train_toy_tokenizer(3, tmp_path, size)
+    tokenizer = data.Tokenizer(folder)
+    vocabulary = tokenizer.tokenizer.get_vocab_size()
+    assert vocabulary <= size and vocabulary > (900 if size == 1000 else 0.99 * size)
+    rows = data.toy_world(3)["full"]
+    lengths = [len(tokenizer.encode(row.question, row.answer).ids) for row in rows]
+    small = data.Tokenizer(data.train_toy_tokenizer(3, tmp_path / "small"))
+    others = [len(small.encode(row.question, row.answer).ids) for row in rows]
+    assert sum(lengths) == sum(others) if size == 1000 else sum(lengths) < sum(others)
 
 
 @given(WORLDS)

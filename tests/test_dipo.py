@@ -814,6 +814,31 @@ def test_npo_has_its_published_gradient_weight_and_tends_to_gradient_ascent(case
     assert ref.grad is None
 
 
+@given(MODERATE, st.floats(0.01, 9.0))
+@claim("SimNPO's gradient is gradient ascent's times 2/T sigmoid(-beta nll/T); it has no reference", "SimNPO")
+def test_simnpo_has_its_published_gradient_weight(case, beta):
+    z, _, mask = case
+    targets, n = targets_for(mask, z.shape[-1]), mask.sum(-1).clamp(min=1)
+    ascent = gradient(lambda x: -dipo.nll(x, targets, mask), z)
+    per_token = dipo.nll(z, targets, mask) / n
+    weight = 2 / n * torch.sigmoid(-beta * per_token)
+    assert_close(gradient(lambda x: dipo.simnpo_loss(x, targets, mask, beta), z), weight[:, None, None] * ascent)
+    close(dipo.simnpo_loss(z, targets, mask, beta), 2 / beta * torch.log1p((-beta * per_token).exp()), z)
+    assert torch.equal(dipo.simnpo_loss(z, targets, mask), dipo.simnpo_loss(z, targets, mask, 4.5))
+
+
+@given(st.tuples(*[st.floats(-80, 0)] * 4), st.floats(0.01, 2.0))
+@claim("DPO is -2/beta log P(refusal > answer), rewards beta log pi/pi_ref; NPO where the refusal stays", "DPO")
+def test_dpo_is_the_preference_of_the_refusal(log_probs, beta):
+    answer, answer_ref, refusal, refusal_ref = torch.tensor(log_probs, dtype=torch.float64)[:, None]
+    rewards = beta * (refusal - refusal_ref), beta * (answer - answer_ref)
+    preferred = rewards[0].exp() / (rewards[0].exp() + rewards[1].exp())
+    gaps = answer_ref - answer, refusal_ref - refusal
+    assert_close(dipo.dpo_loss(*gaps, beta), -2 / beta * preferred.log())
+    assert torch.equal(dipo.dpo_loss(gaps[0], 0 * gaps[0], beta), dipo.negative_preference_loss(gaps[0], beta))
+    assert torch.equal(dipo.dpo_loss(*gaps), dipo.dpo_loss(*gaps, 0.1))
+
+
 @given(MODERATE)
 @claim("the KL baseline is D_SeqKL(pi_ref||pi_theta)", "baselines")
 def test_kl_loss_is_the_distance_from_the_reference(case):
@@ -870,6 +895,7 @@ def test_gradcheck(case, role, seed):
         lambda x: dipo.dipo_loss(x, z_ref, mask, role, pair_from="reference"),
         lambda x: dipo.nll(x, targets, mask),
         lambda x: dipo.npo_loss(x, z_ref, targets, mask),
+        lambda x: dipo.simnpo_loss(x, targets, mask),
         lambda x: dipo.kl_loss(x, z_ref, mask),
     ):
         assert torch.autograd.gradcheck(f, x)
@@ -889,6 +915,7 @@ def test_half_precision_is_computed_in_float32(case, dtype, role):
         lambda a, b: dipo.reward_margin_from_logits(a, b, *(x.softmax(-1) for x in pair), mask),
         lambda a, b: dipo.nll(a, targets, mask),
         lambda a, b: dipo.npo_loss(a, b, targets, mask),
+        lambda a, b: dipo.simnpo_loss(a, targets, mask),
         lambda a, b: dipo.kl_loss(a, b, mask),
         lambda a, b: dipo.memory_vector(a),
     ):  # fmt: skip

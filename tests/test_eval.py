@@ -216,6 +216,25 @@ def test_the_forget_set_does_not_enter_model_utility_and_utility_needs_the_other
     assert "model_utility" not in eval.aggregate({"forget": rows["forget"]})
 
 
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(-5, 5), st.floats(0.1, 5))
+def test_oscillation_is_the_way_back_and_forth(values, shift, scale):
+    found = eval.oscillation(values)
+    assert found >= -1e-9 and eval.oscillation(sorted(values)) == pytest.approx(0, abs=1e-9)
+    assert eval.oscillation([scale * v + shift for v in values]) == pytest.approx(scale * found, abs=1e-6)
+    assert eval.oscillation(values[::-1]) == pytest.approx(found, abs=1e-9)
+    assert eval.oscillation([0, 1] * 5 + [0]) == 1.0
+
+
+def test_degenerate_share_counts_what_is_no_language():
+    question, answer = "Where was Ana Belu born?", "Ana Belu was born in Lisbon, the capital of Portugal, long ago."
+    language = [answer, "In Lisbon.", "Ana was born in Portugal.", "Ana Belu was born in Oslo."]
+    none = ["", " ,,, ", "qwx zzt prr", "Ana ana lolo kiki xoxo", "born in born in born in born in born in"]
+    for text in language + none:
+        assert eval.degenerate_share({"a": (question, answer, text)}) == (text in none)
+    samples = {str(i): (question, answer, text) for i, text in enumerate(language + none)}
+    assert eval.degenerate_share(samples) == pytest.approx(len(none) / len(samples))
+
+
 # ------------------------------------------------------------------------------------------------------- published logs
 
 
@@ -1151,7 +1170,7 @@ def test_a_retain_log_is_brought_to_the_arithmetic_truth_ratio_of_the_evaluation
 
 
 def test_main_refuses_bad_input_in_one_line(tiny, capsys, tmp_path, evaluations):
-    assert "toy_forget05" in assert_refused(capsys, tiny.folder, forget=("--forget", "toy_forget05"))
+    assert "toy_forget07" in assert_refused(capsys, tiny.folder, forget=("--forget", "toy_forget07"))
     assert "mine.jsonl" in assert_refused(capsys, tiny.folder, forget=("--forget", "mine.jsonl"))
     assert "[9999:]" in assert_refused(capsys, tiny.folder, forget=("--forget", "toy_forget10[9999:]"))
     assert "nowhere" in assert_refused(capsys, "nowhere")

@@ -70,7 +70,7 @@ def records(folder) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
+LOSSES = list(itertools.product(("dipo", "npo", "simnpo", "dpo", "ga"), ("dipo", "gd", "kl", "none")))
 REFERENCED = [losses for losses in LOSSES if {*losses} & {*train.NEEDS_REFERENCE}]
 OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
 
@@ -85,6 +85,15 @@ def seven(tiny) -> dict[str, list[data.Example]]:
         e = examples[role][4]
         examples[role][4] = dataclasses.replace(e, ids=e.ids + 2 * e.ids[e.prompt_length :])
     return examples
+
+
+@functools.lru_cache(maxsize=1)
+def refusals(tiny) -> dict[data.Example, list[data.Example]]:
+    """The one refusal of each forget example, now shorter and now longer than the answer."""
+    tokenizer, rows = data.Tokenizer(tiny), data.load_rows("toy_forget10[:7]")
+    texts = ["I don't know.", "No.", "That is nothing I could say anything about, I am afraid."]
+    pairs = zip(seven(tiny)["forget"], rows, strict=True)
+    return {e: [tokenizer.encode(row.question, texts[i % 3], f"{e.key} no")] for i, (e, row) in enumerate(pairs)}
 
 
 def move(model: Llama) -> None:
@@ -104,10 +113,13 @@ def gradients(tiny, losses, micro, order=range(7), score_fn=train.position_score
     examples = {role: [x[i] for i in order] for role, x in seven(tiny).items()}
     options = {"forget_loss": losses[0], "retain_loss": losses[1], "lam": 0.5, "reference": "recompute"} | options
     config = train.Config(micro_batch_size=micro, batch_size=7, **options)
-    reference = train.make_reference(model, config, examples["forget"], examples["retain"], 1, out)
+    answers = {"refusals": [refusals(tiny)[e] for e in examples["forget"]]}
+    reference = train.make_reference(model, config, examples | answers, 1, out)
     assert (reference is None) == (losses not in REFERENCED)
     move(model)
     parts = {"forget": (losses[0], 1.0, examples["forget"]), "retain": (losses[1], 0.5, examples["retain"])}
+    if losses[0] == "dpo":
+        parts["forget"] = ("dpo", 1.0, [x for e in examples["forget"] for x in (e, *refusals(tiny)[e])])
     if losses[1] == "none":
         del parts["retain"]
     metrics = train.compute_gradients(model, reference, config, parts, score_fn)
@@ -121,15 +133,19 @@ def written_out(tiny, losses, **options):
     move(policy)
     config = train.Config(forget_loss=losses[0], retain_loss=losses[1], **options)
     metrics, total, swapped, positions = {}, 0.0, 0, 0
+
+    def logits_of(e):
+        ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
+        z, z_ref = (m.lm_head(m.hidden(ids))[:, answer] for m in (policy, reference))
+        return z, z_ref, torch.tensor([e.ids[e.prompt_length :]]), torch.ones(1, e.answer_length, dtype=torch.bool)
+
     for role, name, weight in zip(("forget", "retain"), losses, (1.0, 0.5), strict=True):
         if name == "none":
             continue
         found = {"loss": [], "nll": [], "margin": []}
         beta = config.forget_beta if role == "forget" else config.retain_beta
         for e in seven(tiny)[role]:
-            ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
-            z, z_ref = (m.lm_head(m.hidden(ids))[:, answer] for m in (policy, reference))
-            targets, mask = torch.tensor([e.ids[e.prompt_length :]]), torch.ones(1, e.answer_length, dtype=torch.bool)
+            z, z_ref, targets, mask = logits_of(e)
             nll = dipo.nll(z, targets, mask)
             if name == "dipo":
                 source = z if config.pair_from == "policy" else z_ref
@@ -143,12 +159,18 @@ def written_out(tiny, losses, **options):
                 positions += e.answer_length
             elif name == "npo":
                 loss = dipo.npo_loss(z, z_ref, targets, mask, beta)
+            elif name == "simnpo":
+                loss = dipo.simnpo_loss(z, targets, mask, beta)
+            elif name == "dpo":
+                no, no_ref, *labels = logits_of(*refusals(tiny)[e])
+                gaps = nll - dipo.nll(z_ref, targets, mask), dipo.nll(no, *labels) - dipo.nll(no_ref, *labels)
+                loss = dipo.dpo_loss(*gaps, beta)
             else:
                 loss = {"gd": nll, "ga": -nll, "kl": dipo.kl_loss(z, z_ref, mask)}[name]
             found["loss"].append(loss)
             found["nll"].append(nll.detach())
         tokens = sum(e.answer_length for e in seven(tiny)[role])
-        divisor = 7 if name in ("dipo", "npo") else tokens
+        divisor = 7 if name in ("dipo", "npo", "simnpo", "dpo") else tokens
         loss = sum(found["loss"]) / divisor
         total = total + weight * loss
         metrics |= {f"loss/{role}": loss.item(), f"nll/{role}": sum(found["nll"]).item() / tokens}
@@ -227,6 +249,8 @@ def test_the_loss_in_chunks_is_the_loss_of_whole_sequences(tiny, monkeypatch, lo
     monkeypatch.setattr(train, "CHUNK", limit * TINY.vocab_size)
     found = gradients(tiny, losses, micro, score_fn=score, **options)
     lengths = [e.answer_length for role in dipo.ROLES[: 1 + (losses[1] != "none")] for e in seven(tiny)[role]]
+    if losses[0] == "dpo":  # an answer and its refusal stay together
+        lengths[:7] = [n + refusals(tiny)[e][0].answer_length for n, e in zip(lengths, seven(tiny)["forget"], strict=False)]
     again = sum(n for n in lengths if n > limit)  # what is split is computed once more going backward
     assert max(sizes) <= limit and sum(sizes) == sum(lengths) + again
     assert_same_step(found, written_out(tiny, losses, **options), rel=1e-5)
@@ -277,18 +301,19 @@ def test_the_reference_stays_the_start_of_the_run(tiny, micro, which, dtype):
 @few
 @given(st.sampled_from(LOSSES), st.integers(1, 4), st.integers(1, 3))
 def test_the_cached_reference_holds_what_the_run_draws_and_its_losses_need(tiny, losses, steps, batch):
-    model, examples = load_pretrained(tiny), seven(tiny)
+    model, examples = load_pretrained(tiny), seven(tiny) | {"refusals": [*refusals(tiny).values()]}
     config = train.Config(batch_size=batch, forget_loss=losses[0], retain_loss=losses[1])
     needed = set()
     for role, name in zip(("forget", "retain"), losses, strict=True):
         if name in train.NEEDS_REFERENCE:
             needed |= {e for s in range(steps) for e in data.draw(examples[role], config.seed, role, s * batch, batch)}
-    reference = train.make_reference(model, config, examples["forget"], examples["retain"], steps, Path("unused"))
+            needed |= {x for e in needed & refusals(tiny).keys() for x in refusals(tiny)[e]} if name == "dpo" else set()
+    reference = train.make_reference(model, config, examples, steps, Path("unused"))
     assert (set() if reference is None else reference.rows.keys()) == needed
     if needed:
         assert reference.states.shape == (sum(e.answer_length for e in needed), TINY.hidden_size)
     finetuning = dataclasses.replace(config, finetune="toy_full")
-    assert train.make_reference(model, finetuning, examples["forget"], [], steps, Path("unused")) is None
+    assert train.make_reference(model, finetuning, {"finetune": examples["forget"]}, steps, Path("unused")) is None
 
 
 # ------------------------------------------------------------------------------------------------------- schedule
@@ -746,6 +771,52 @@ def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_opt
     assert runs == ["toy_forget10__8_-dipo-dipo-001", "toy_forget10__8_-dipo-dipo-002"]
     one, two = (json.loads((Path("runs") / r / "summary.json").read_text()) for r in runs)
     assert one.pop("model") != two.pop("model") and one == two
+
+
+# ------------------------------------------------------------------------------------------------------------- hints
+
+
+def log_of(forget, retain):
+    return [
+        {"epoch": i + 1.0, "nll/forget": f, "nll/retain": r} for i, (f, r) in enumerate(zip(forget, retain, strict=True))
+    ]
+
+
+def scores_of(*pairs):
+    return [{"epoch": i, "forget_quality": quality, "model_utility": utility} for i, (quality, utility) in enumerate(pairs)]
+
+
+GOOD = log_of([0.1, 2.0, 4.0], [0.1, 0.2, 0.2])
+HINTS = {
+    "nothing": ((GOOD, scores_of((1e-9, 0.8), (0.4, 0.79)), False, 0.2), []),
+    "utility": ((GOOD, scores_of((1e-9, 0.8), (0.4, 0.39)), False, 0.2), ["utility collapsed: model utility 0.39"]),
+    "utility without evaluation": ((log_of([0.1, 3.0], [0.1, 1.2]), [], None, None), ["utility collapsed: retain answers"]),
+    "too little": ((GOOD, scores_of((1e-9, 0.8), (0.049, 0.8)), True, 0.0), ["under-unlearning: forget quality 0.049"]),
+    "too little without evaluation": ((log_of([0.1, 0.5], [0.1, 0.1]), [], None, None), ["under-unlearning: the forget"]),
+    "too little, no reference": ((log_of([0.1, 0.5], [0.1, 0.1]), scores_of((None, 0.8), (None, 0.8)), None, 0.0),
+                                 ["under-unlearning: the forget"]),
+    "too much": ((GOOD, scores_of((1e-9, 0.8), (1e-4, 0.8)), False, 0.0), ["over-unlearning: forget quality 0.0001, "]),
+    "too much after a peak": ((GOOD, scores_of((1e-9, 0.8), (0.3, 0.8), (1e-4, 0.8)), False, 0.0),
+                              ["(it was 0.3 at epoch 1); train fewer"]),
+    "back and forth": ((GOOD, scores_of(*[(0.4, u) for u in (0.8, 0.6, 0.8, 0.6, 0.8)]), False, 0.0), ["oscillation: "]),
+    "no language": ((GOOD, scores_of((1e-9, 0.8), (0.4, 0.79)), False, 0.51), ["degenerate text: 51% "]),
+    "two of them": ((GOOD, scores_of((1e-9, 0.8), (1e-4, 0.1)), False, 0.9), ["utility", "over-", "degenerate"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given, expected", HINTS.values(), ids=HINTS)
+def test_each_failure_is_told_with_its_remedy(given, expected):
+    found = train.hints(*given)
+    assert len(found) == len(expected) and all(part in line for part, line in zip(expected, found, strict=True))
+    assert all("--lr" in line and "\n" not in line for line in found)
+
+
+def test_a_run_that_fails_prints_its_hints(cli, tiny, short_options, capsys):
+    arguments = [*SMALL, *EVAL, "--retain-model", tiny, "--out", "a", "--epochs", "1", "--eval-every", "1"]
+    assert train.main([*map(str, arguments), "--model", str(tiny), "--lr", "1e-9"]) == 0
+    out = capsys.readouterr().out
+    hints = json.loads(Path("a/summary.json").read_text())["hints"]
+    assert hints and [line.removeprefix("hint: ") for line in out.splitlines() if line.startswith("hint: ")] == hints
 
 
 # ---------------------------------------------------------------------------------------------- command line, bad input
