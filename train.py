@@ -91,6 +91,7 @@ class Config:
     refusals: str | None = option(None, "file with a refusal per line, for dpo (default: TOFU's, the toy's)", type=str)
     finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
     data_dir: str | None = option(None, "local data in hub layout (TOFU/forget10.json, ...), used before the hub", type=str)
+    toy_vocabulary: int = option(1000, "tokens in the toy world's vocabulary")
     scal: int = option(0, "MUSE News: forget scal/forget_K, K = 1 to 4 (growing sets); 0 = raw/forget")
     sust: bool = option(False, "MUSE News: forget sust/forget_1 to 4, one request after the other")
     chunking: str = option("open-unlearning", "how MUSE's texts are cut into sequences", ("open-unlearning", "muse"))
@@ -198,6 +199,8 @@ def make_config(given: dict) -> Config:
         raise RunError("--retain-logs and --retain-model: pass one of them")
     if (config.scal or config.sust) and (config.finetune or config.forget != "muse_news"):
         raise RunError("--scal and --sust: are MUSE News's; pass --forget muse_news, and one of them")
+    if config.toy_vocabulary < 400:  # 256 bytes, the special tokens, and some merges
+        raise RunError(f"--toy-vocabulary {config.toy_vocabulary}: must be at least 400")
     if not 0 <= config.scal <= 4 or (config.scal and config.sust):
         raise RunError(f"--scal {config.scal}: is 1 to 4, and not together with --sust")
     if config.model == "toy" and config.finetune:
@@ -892,28 +895,33 @@ def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
 # ----------------------------------------------------------------------------------------------------------------- toy
 
 
-def toy_models(config: Config, vocab_size: int = 1000) -> tuple[Path, Path]:
-    """(target, retrained) run folders of the toy world, trained now or taken from an earlier run.
-
-    Both start from the same fresh Llama and learn by this file's own loop: the target on every author and the world
-    knowledge, the retrained model on all of that without the forget set.
-    """
+def toy_base(config: Config) -> Path:
+    """The folder of a fresh Llama with the toy world's tokenizer; what is made from it is kept beside it."""
     llama = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=config.toy_vocabulary, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=3, head_dim=32, max_position_embeddings=256, tie_word_embeddings=True,
         bos_token_id=0, eos_token_ids=(1,), initializer_range=0.05,
     )  # fmt: skip
     world = {k: fingerprint(v) for k, v in toy_world(config.seed).items()}
     key = hashlib.sha256(json.dumps([world, dataclasses.asdict(llama), TOY_FINETUNE]).encode()).hexdigest()[:8]
-    home = RUNS / f"toy-seed{config.seed}-{key}"
-    base = home / "base"
+    base = RUNS / f"toy-seed{config.seed}-{key}" / "base"
     if not base.exists():
-        tokenizer = train_toy_tokenizer(config.seed, home / "tokenizer", vocab_size)
+        tokenizer = train_toy_tokenizer(config.seed, base.parent / "tokenizer", config.toy_vocabulary)
         save_pretrained(Llama(llama).init_weights(config.seed), base, tokenizer)
+    return base
+
+
+def toy_models(config: Config) -> tuple[Path, Path]:
+    """(target, retrained) run folders of the toy world, trained now or taken from an earlier run.
+
+    Both start from the same fresh Llama and learn by this file's own loop: the target on every author and the world
+    knowledge, the retrained model on all of that without the forget set.
+    """
+    base = toy_base(config)
     knowledge = "+toy_real_authors_perturbed+toy_world_facts_perturbed"
     folders = []
     for authors in ("toy_full", complement(config.forget)):
-        out = home / authors
+        out = base.parent / authors
         if not (out / "summary.json").exists():
             name = "target" if authors == "toy_full" else "retrained"
             print(f"toy world, {name} model: training on {authors}{knowledge} (once; kept in {out})", flush=True)

@@ -1,0 +1,471 @@
+"""What the experiments share: scales, methods and their grids, runs that are made once, tables, plots.
+
+An experiment is a list of jobs, each a command line of train.py, and two functions of their records: one makes a table, one
+a plot. The records are one JSON file, {command line: record}. A job that is in it is not run again, so that an experiment
+that was stopped goes on where it was, and one that another experiment has run is shared.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from data import complement  # noqa: E402
+
+RESULTS = ROOT / "experiments" / "results"
+FORGETS = ("forget01", "forget05", "forget10")
+KEEP = 0.9  # a method keeps the utility if it has this share of the target's
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pair of losses and the coefficient that is searched beside the learning rate, at two values."""
+
+    forget_loss: str
+    retain_loss: str
+    coefficient: str | None = None
+    values: tuple[float, ...] = ()
+
+
+METHODS = {
+    "GA": Method("ga", "none"),
+    "GradDiff": Method("ga", "gd", "lam", (1.0, 5.0)),
+    "KL": Method("ga", "kl", "lam", (1.0, 5.0)),
+    "NPO": Method("npo", "none", "beta", (0.1, 0.5)),
+    "NPO+GD": Method("npo", "gd", "lam", (1.0, 5.0)),
+    "SimNPO": Method("simnpo", "gd", "lam", (1.0, 8.0)),  # 8: open-unlearning's gamma 0.125
+    "DPO": Method("dpo", "gd", "lam", (1.0, 5.0)),
+    "DiPO": Method("dipo", "dipo", "lam", (1.0, 2.0)),
+}
+TABLE_5 = {
+    "DiPO(f)": Method("dipo", "none", "beta", (0.05, 0.1)),
+    "DiPO(f)+GD": Method("dipo", "gd", "lam", (1.0, 5.0)),
+    "DiPO(f)+KL": Method("dipo", "kl", "lam", (1.0, 5.0)),
+    "NPO+DiPO(r)": Method("npo", "dipo", "lam", (1.0, 5.0)),
+    "DiPO": METHODS["DiPO"],
+}
+
+
+def grid(method: Method, rates: tuple[float, ...]) -> list[dict[str, float]]:
+    """The settings that are tried: every rate with both values. Without a coefficient as many, at twice as many rates."""
+    if method.coefficient is None:
+        return [{"lr": float(f"{r:.2g}")} for rate in rates for r in (rate / math.sqrt(2), rate)]
+    return [{"lr": rate, method.coefficient: value} for rate in rates for value in method.values]
+
+
+def settings(scale: "Scale", method: Method) -> list[dict[str, float]]:
+    return grid(method, scale.rates)[: 1 if scale.small else None]
+
+
+# --------------------------------------------------------------------------------------------------------------- scales
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large an experiment is. Command lines are lists of text, as train.py takes them."""
+
+    name: str
+    forgets: tuple[str, ...]
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]  # the settings of a method are chosen on these
+    rates: tuple[float, ...]
+    flags: Callable[[str, int], list[str]]  # (forget set, seed) -> what every run has
+    prepare: Callable[[str, int], int]  # makes and evaluates target and retrained model, once; returns an exit status
+    small: bool = False  # the least that runs all code; its numbers mean nothing
+
+
+def toy_flags(forget: str, seed: int, vocabulary: int = 1000) -> list[str]:
+    batch = {"forget10": 16, "forget05": 8, "forget01": 4}[forget]  # about as many steps for each set
+    more = "" if vocabulary == 1000 else f" --toy-vocabulary {vocabulary}"
+    return f"--forget toy_{forget} --seed {seed} --batch-size {batch} --eval-every 0{more}".split()
+
+
+def prepare_toy(forget: str, seed: int, vocabulary: int = 1000) -> int:
+    config = train.make_config({"forget": f"toy_{forget}", "seed": seed, "toy_vocabulary": vocabulary})
+    target, retrained = train.toy_models(config)
+    flags = f"--model {target} --retain-model {retrained} --forget toy_{forget} --seed {seed} --max-new-tokens 24"
+    return evaluation.main(flags.split())
+
+
+def smoke_flags(forget: str, seed: int) -> list[str]:
+    short = "--epochs 1 --eval-retain toy_retain_perturbed[:3] --max-new-tokens 3 --eval-every 0 --batch-size 4"
+    return f"--forget toy_{forget}[:4] --retain toy_retain90[:8] --seed {seed} {short}".split()
+
+
+def prepare_smoke(forget: str, seed: int) -> int:
+    train.TOY_FINETUNE = train.TOY_FINETUNE | {"epochs": 0.2, "warmup_epochs": 0.0}  # toy models of their own, by their key
+    train.toy_models(train.make_config({"forget": f"toy_{forget}", "seed": seed}))
+    return 0
+
+
+def smollm2_folder(name: str) -> Path:
+    return train.RUNS / "experiments" / f"smollm2-{name}"
+
+
+def variable(name: str, what: str) -> str:
+    """An environment variable that names a folder."""
+    if not os.environ.get(name):
+        raise RuntimeError(f"set {name} to the folder of {what}")
+    return os.environ[name]
+
+
+def data_folder() -> str:
+    return variable("DIPO_DATA", "TOFU/forget10.json and the other data sets")
+
+
+def smollm2_data(forget: str) -> str:
+    """The retain set: 300 questions of it on a CPU, all on a GPU."""
+    retain = complement(f"tofu_{forget}")
+    return retain if torch.cuda.is_available() else f"{retain}[:300]"
+
+
+def smollm2_flags(forget: str, seed: int) -> list[str]:
+    flags = f"--model {smollm2_folder(f'{forget}-target')} --retain-model {smollm2_folder(f'{forget}-retrained')}"
+    flags += f" --forget tofu_{forget} --retain {smollm2_data(forget)} --seed {seed} --preset smollm2"
+    if not torch.cuda.is_available():
+        flags += " --eval-retain tofu_retain_perturbed[:50] --max-new-tokens 64"
+    return [*flags.split(), "--data-dir", data_folder()]
+
+
+def prepare_smollm2(forget: str, seed: int) -> int:
+    base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
+    for name, rows in (("target", f"{smollm2_data(forget)}+tofu_{forget}"), ("retrained", smollm2_data(forget))):
+        out = smollm2_folder(f"{forget}-{name}")
+        if not (out / "summary.json").exists():
+            flags = ["--model", base, "--finetune", rows, "--data-dir", data_folder(), "--out", str(out)]
+            flags += "--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16".split()
+            if status := train.main(["--resume", "--out", str(out)] if out.exists() else flags):
+                return status
+    return 0
+
+
+def llama_flags(forget: str, seed: int) -> list[str]:
+    return f"--forget tofu_{forget} --model llama2-7b --seed {seed} --gradient-checkpointing".split()
+
+
+def nothing(forget: str, seed: int) -> int:
+    return 0
+
+
+SEEDS = (0, 1, 2, 3, 4)
+SCALES = {
+    "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True),
+    "toy": Scale("toy", FORGETS, SEEDS, SEEDS[:2], (1e-4, 2e-4, 4e-4, 8e-4), toy_flags, prepare_toy),
+    "smollm2": Scale("smollm2", ("forget05",), SEEDS[:3], SEEDS[:1], (1e-4, 2e-4, 4e-4), smollm2_flags, prepare_smollm2),
+    "llama2-7b": Scale("llama2-7b", FORGETS, SEEDS[:3], SEEDS[:1], (5e-6, 1e-5, 2e-5), llama_flags, nothing),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of train.py. `line` is its command line without --out, and the key of its record."""
+
+    forget: str
+    seed: int
+    line: str
+
+
+def job(scale: Scale, forget: str, seed: int, method: Method, setting: dict[str, float | str], more: str = "") -> Job:
+    flags = [*scale.flags(forget, seed), "--forget-loss", method.forget_loss, "--retain-loss", method.retain_loss]
+    for name, value in setting.items():
+        flags += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value]
+    return Job(forget, seed, " ".join([*flags, *more.split()]))
+
+
+class Kept(io.StringIO):
+    """Standard error that is kept, and shown as well unless `quiet`."""
+
+    def __init__(self, quiet: bool):
+        super().__init__()
+        self.shown = None if quiet else sys.stderr
+
+    def write(self, text: str) -> int:
+        if self.shown:
+            self.shown.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        if self.shown:
+            self.shown.flush()
+
+
+def call(function, *arguments, quiet: bool) -> str:
+    """Call a command line's main; returns '' or the error message of a run that cannot succeed by being repeated (its loss
+    is not finite, its roles swap). Raises KeyboardInterrupt or RuntimeError for any other."""
+    errors = Kept(quiet)
+    with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout), contextlib.redirect_stderr(errors):
+        status = function(*arguments)
+    if status == 130:
+        raise KeyboardInterrupt
+    if not status:
+        return ""
+    message = errors.getvalue().strip().splitlines()[-1]
+    if re.search(r"(loss|grad_norm) is (nan|-?inf)|roles swap|overflow", message):
+        return message
+    raise RuntimeError(message)
+
+
+def do(item: Job, quiet: bool) -> dict:
+    """One run -> its record. A run that was interrupted goes on; its folder is removed when its record is made."""
+    out = train.RUNS / "experiments" / hashlib.sha256(item.line.encode()).hexdigest()[:12]
+    began = time.perf_counter()
+    argv = ["--resume", "--out", str(out)] if (out / "config.json").exists() else [*item.line.split(), "--out", str(out)]
+    if error := call(train.main, argv, quiet=quiet):
+        shutil.rmtree(out, ignore_errors=True)
+        return {"error": error}
+    record = json.loads((out / "summary.json").read_text())
+    if not (out / "log.jsonl").exists():  # requests in sequence: the summaries of each
+        shutil.rmtree(out)
+        return {"requests": record, "seconds": round(time.perf_counter() - began, 1)}
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    record["log"] = {k: [round(r[k], 4) for r in log] for k in ("nll/forget", "nll/retain", "grad_norm") if k in log[0]}
+    if (out / "trajectory.jsonl").exists():
+        points = [json.loads(line) for line in (out / "trajectory.jsonl").read_text().splitlines()]
+        record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
+    shutil.rmtree(out)
+    return {k: v for k, v in record.items() if k != "model"} | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+TRAJECTORY = ("epoch", "forget_quality", "model_utility", "forget_probability", "forget_truth_ratio")
+
+
+class Lab:
+    """Where an experiment runs its jobs and leaves its results: `folder`/NAME.json, NAME.md, NAME.png."""
+
+    def __init__(self, name: str, scale: Scale, folder: Path, processes: int):
+        self.name, self.scale, self.folder, self.processes = name, scale, folder / scale.name, processes
+
+    def records(self) -> dict[str, dict]:
+        """What this experiment, or else another of this scale, has run already."""
+        found = {}
+        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stem == self.name):
+            found |= json.loads(path.read_text())["records"]
+        return found
+
+    def keep(self, records: dict[str, dict]) -> None:
+        versions = train.versions() | {
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.processes} at a time"
+        }
+        evaluation.write_json(self.folder / f"{self.name}.json", versions | {"records": records})
+
+    def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
+        """The record of each job, in order. Prepares the models that the jobs need."""
+        records = self.records()
+        mine = {j.line: records[j.line] for j in jobs if j.line in records}
+        todo = list({j.line: j for j in jobs if j.line not in records}.values())
+        before = json.loads(path.read_text())["records"] if (path := self.folder / f"{self.name}.json").exists() else {}
+        if todo:
+            firsts = {j.seed: (j.forget, j.seed) for j in reversed(todo)}
+            others = {(j.forget, j.seed) for j in todo} - {*firsts.values()}
+            for pairs in (firsts.values(), others):  # a seed's first forget set makes its target model; no two at a time
+                self._each([(self.scale.prepare, *pair) for pair in sorted(pairs)], "models", lambda index, result: None)
+
+            def done(index, record):
+                mine[todo[index].line] = record
+                self.keep(before | mine)
+
+            self._each([(do, j) for j in todo], f"{self.name}: {what}", done)
+        self.keep(before | mine)
+        return [mine[j.line] for j in jobs]
+
+    def _each(self, calls: list[tuple], label: str, done) -> None:
+        bar = tqdm(total=len(calls), desc=label, unit="run")
+        with bar:
+            if self.processes == 1:
+                for index, (function, *arguments) in enumerate(calls):
+                    done(index, _apply(function, arguments, quiet=False))
+                    bar.update()
+                return
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(self.processes, context, initializer=_single_threaded) as pool:
+                futures = {pool.submit(_apply, f, arguments, True): i for i, (f, *arguments) in enumerate(calls)}
+                try:
+                    for future in as_completed(futures):
+                        done(futures[future], future.result())
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for process in multiprocessing.active_children():
+                        process.terminate()  # train.py saves before it ends
+                    raise
+
+    def write(self, text: str, figure) -> None:
+        (self.folder / f"{self.name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+        figure.savefig(self.folder / f"{self.name}.png", dpi=110)
+        print(f"{text}\n{self.folder / self.name}.json, .md, .png", flush=True)
+
+
+class Planned(Exception):
+    """The commands have been printed."""
+
+
+class Plan(Lab):
+    """Prints commands in place of running them. What depends on results ends the list."""
+
+    def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
+        print(f"# {self.name}, {what}: {len(jobs)} runs")
+        for j in jobs:
+            print(f"python train.py {j.line}")
+        raise Planned
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the pool
+
+
+def _apply(function, arguments, quiet: bool):
+    if function is do:
+        return do(*arguments, quiet)
+    call(lambda: function(*arguments), quiet=quiet)
+
+
+# -------------------------------------------------------------------------------------------------- choosing, tables, plots
+
+
+def outcome(record: dict) -> tuple[float, float]:
+    """(forget quality, model utility as a share of the target's); a run that broke down has neither."""
+    if "error" in record:
+        return 0.0, 0.0
+    after, before = record["unlearned"], record["target"]
+    return after["forget_quality"], after["model_utility"] / before["model_utility"]
+
+
+def tune(lab: Lab, methods: dict[str, Method], forgets: tuple[str, ...]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(forget set, method): setting}, chosen on the tuning seeds by one rule for all methods: of the settings that keep
+    KEEP of the target's utility the one with the highest mean forget quality; if none does, the one that keeps most."""
+    scale = lab.scale
+    tried = {(forget, name): settings(scale, method) for forget in forgets for name, method in methods.items()}
+    jobs = {
+        key: [[job(scale, key[0], seed, methods[key[1]], choice) for seed in scale.tuning_seeds] for choice in choices]
+        for key, choices in tried.items()
+    }
+    found = iter(lab.run([j for choices in jobs.values() for seeds in choices for j in seeds], "search"))
+    chosen = {}
+    for key, choices in tried.items():
+        scores = []
+        for _ in choices:
+            qualities, shares = zip(*(outcome(next(found)) for _ in scale.tuning_seeds), strict=True)
+            quality, share = statistics.fmean(qualities), statistics.fmean(shares)
+            scores.append((share >= KEEP, quality if share >= KEEP else share))
+        chosen[key] = choices[scores.index(max(scores))]
+    return chosen
+
+
+def budget(scale: Scale, methods: dict[str, Method]) -> str:
+    rates = ", ".join(f"{r:g}" for r in scale.rates)
+    lines = [f"{name}: {m.coefficient} {m.values[0]:g}, {m.values[1]:g}" for name, m in methods.items() if m.coefficient]
+    return (
+        f"Search: {2 * len(scale.rates)} settings for each method on each forget set, on seeds {spell(scale.tuning_seeds)}. "
+        f"Learning rates {rates} (a method without a coefficient: twice as many), times {'; '.join(lines)}. Chosen is the "
+        f"setting with the highest mean forget quality among those that keep {KEEP:.0%} of the target's utility, or if none "
+        f"does, the one that keeps most."
+    )
+
+
+def spell(values) -> str:
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def describe(setting: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """mean +- standard deviation; small means in powers of ten."""
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}" if mean >= 0.5 * 10**-digits else f"{mean:.0e}"
+    if mean < 0.5 * 10**-digits:
+        return f"{mean:.0e}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def subplots(*shape: int, size: tuple[float, float] = (4.5, 4.0)):
+    """(figure, axes [rows][columns]) of matplotlib, drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        *shape, figsize=(size[0] * shape[1], size[1] * shape[0]), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+FLOOR = 1e-12  # forget qualities below are drawn here
+
+
+def scatter(axis, outcomes: dict[str, list[tuple[float, float]]], title: str) -> None:
+    """Forget quality (log axis) against the share of utility kept: small marks for seeds, large ones for their means."""
+    for i, (name, points) in enumerate(outcomes.items()):
+        quality, share = zip(*points, strict=True)
+        color, marker = f"C{i % 10}", "osD^vP*X<>"[i % 10]
+        axis.plot(share, [max(q, FLOOR) for q in quality], marker, color=color, markersize=3, alpha=0.5)
+        means = statistics.fmean(share), max(statistics.fmean(quality), FLOOR)
+        axis.plot(*means, marker, color=color, markersize=9, label=name, linestyle="none")
+    axis.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    axis.axvline(KEEP, color="gray", linewidth=0.8, linestyle=":")
+    axis.set(yscale="log", xlabel="model utility / target's", ylabel="forget quality", title=title)
+
+
+def main(name: str, doc: str, experiment: Callable[[Lab], None], scales: tuple[str, ...] = tuple(SCALES)) -> int:
+    """The command line of one experiment."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", default="toy", choices=scales)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="what is in it is not run again [experiments/results]")
+    parser.add_argument(
+        "--processes", type=int, help="runs at a time, one thread each [toy: one per core; else 1, all cores]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of train.py, run nothing")
+    args = parser.parse_args()
+    processes = args.processes or ((os.cpu_count() or 1) if args.scale == "toy" else 1)
+    try:
+        evaluation.require_extra()
+        lab = (Plan if args.dry_run else Lab)(name, SCALES[args.scale], args.results, processes)
+        experiment(lab)
+    except Planned:
+        return 0
+    except (RuntimeError, train.RunError, evaluation.EvalError, train.DataError, train.ModelError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

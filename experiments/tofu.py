@@ -1,0 +1,49 @@
+"""TOFU: does DiPO forget better than the baselines at the same utility? Forget 1, 5, 10 %; the same search for each method.
+
+python experiments/tofu.py --scale toy
+"""
+
+import sys
+
+from common import METHODS, Lab, budget, describe, job, main, markdown, outcome, scatter, spell, spread, subplots, tune
+
+
+def experiment(lab: Lab) -> None:
+    scale = lab.scale
+    print(budget(scale, METHODS), flush=True)
+    chosen = tune(lab, METHODS, scale.forgets)
+    jobs = {
+        key: [job(scale, key[0], seed, METHODS[key[1]], setting) for seed in scale.seeds] for key, setting in chosen.items()
+    }
+    found = iter(lab.run([j for group in jobs.values() for j in group], "all seeds"))
+    records = {key: [next(found) for _ in group] for key, group in jobs.items()}
+    text, (figure, axes) = "", subplots(1, len(scale.forgets), size=(5, 4.5))
+    for forget, axis in zip(scale.forgets, axes[0], strict=True):
+        bounds = [r for r in records[forget, "DiPO"] if "error" not in r]
+        outcomes = {name: [outcome(r) for r in records[forget, name]] for name in METHODS}
+        rows = []
+        for label, name in (("original", "target"), ("retrained", "retrained")):
+            quality = [r[name]["forget_quality"] for r in bounds]
+            share = [r[name]["model_utility"] / r["target"]["model_utility"] for r in bounds]
+            rows.append(
+                [label, spread(quality), "", spread(share), spread([r[name]["forget_probability"] for r in bounds]), ""]
+            )
+        held_out = [i for i, seed in enumerate(scale.seeds) if seed not in scale.tuning_seeds]
+        for name, points in outcomes.items():
+            quality, share = zip(*points, strict=True)
+            probability = [r["unlearned"]["forget_probability"] for r in records[forget, name] if "error" not in r]
+            rows.append([
+                f"**{name}**" if name == "DiPO" else name, spread(quality),
+                spread([quality[i] for i in held_out]) if held_out else "", spread(share),
+                spread(probability) if probability else "broke down", describe(chosen[forget, name]),
+            ])  # fmt: skip
+        head = ["", "forget quality", f"on seeds {spell([scale.seeds[i] for i in held_out])} alone", "utility / target's"]
+        text += f"### {forget}\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
+        scatter(axis, outcomes, f"{scale.name}, {forget}")
+    axes[0][-1].legend(fontsize=8)
+    text += f"Mean ± standard deviation over seeds {spell(scale.seeds)}. {budget(scale, METHODS)}"
+    lab.write(text, figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main("tofu", __doc__, experiment))

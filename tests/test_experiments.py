@@ -1,0 +1,122 @@
+"""Every script of experiments/ runs to its end at the smallest scale, and once; what they share chooses rightly."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
+
+import train
+
+FOLDER = Path(__file__).resolve().parents[1] / "experiments"
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(f"experiments_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One folder for all scripts: they share the models, and the runs that two of them need."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture
+def common(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(train, "TOY_FINETUNE", train.TOY_FINETUNE)  # the smoke scale replaces it
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    import common
+
+    return common
+
+
+def run(name: str, monkeypatch, *flags: str) -> int:
+    module = script(name)
+    monkeypatch.setattr(sys, "argv", [name, "--scale", "smoke", "--results", "results", *flags])
+    return module.main(name, module.__doc__, module.experiment)
+
+
+@pytest.mark.parametrize("name", ["tofu", "ablation", "failures", "stability", "filter", "muse"])
+def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, monkeypatch, capsys, name):
+    assert run(name, monkeypatch) == 0
+    results = Path("results/smoke")
+    kept = json.loads((results / f"{name}.json").read_text())
+    assert kept["commit"] and kept["machine"] and kept["records"]
+    assert all({"error", "unlearned", "requests"} & record.keys() for record in kept["records"].values())
+    assert (results / f"{name}.md").read_text().count("|") > 20 and (results / f"{name}.png").stat().st_size > 5000
+    monkeypatch.setattr(train, "main", lambda argv: pytest.fail("a run that is there was run again"))
+    monkeypatch.setattr(common, "do", lambda *_: pytest.fail("a run that is there was run again"))
+    first = (results / f"{name}.md").read_text()
+    assert run(name, monkeypatch) == 0
+    assert (results / f"{name}.md").read_text() == first and json.loads((results / f"{name}.json").read_text()) == kept
+
+
+def test_a_plan_prints_commands_that_train_py_takes(common, monkeypatch, capsys):
+    assert run("tofu", monkeypatch, "--dry-run", "--results", "nothing") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py ")]
+    assert len(lines) == len(common.METHODS)
+    for line in lines:
+        given, _ = train.parse_args(line.split()[2:])
+        train.make_config(given)
+
+
+def test_every_method_has_the_same_number_of_settings_and_all_differ(common):
+    for scale in common.SCALES.values():
+        for method in (common.METHODS | common.TABLE_5).values():
+            settings = common.grid(method, scale.rates)
+            assert len({tuple(s.items()) for s in settings}) == len(settings) == 2 * len(scale.rates)
+
+
+def records(*outcomes):
+    """A record for each (forget quality, share of the utility); None: a run that broke down."""
+    made = []
+    for outcome in outcomes:
+        if outcome is None:
+            made.append({"error": "loss is nan"})
+            continue
+        scores = {"forget_quality": outcome[0], "model_utility": 0.8 * outcome[1]}
+        made.append({"unlearned": scores, "target": {"model_utility": 0.8}})
+    return made
+
+
+class Found:
+    """A Lab that has run everything."""
+
+    def __init__(self, scale, found):
+        self.scale, self.found = scale, found
+
+    def run(self, jobs, what=""):
+        assert len(jobs) == len(self.found)
+        return self.found
+
+
+OUTCOMES = st.lists(st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1.2)), min_size=8, max_size=8)
+
+
+@given(OUTCOMES, OUTCOMES)
+def test_the_chosen_setting_forgets_best_among_those_that_keep_the_utility(one, two):
+    sys.path.insert(0, str(FOLDER))
+    import common
+
+    sys.path.remove(str(FOLDER))
+    found = records(*(x for pair in zip(one, two, strict=True) for x in pair))  # two seeds for each of eight settings
+    scale, methods = common.SCALES["toy"], {"DiPO": common.METHODS["DiPO"]}
+    chosen = common.tune(Found(scale, found), methods, ("forget10",))["forget10", "DiPO"]
+    settings = common.grid(methods["DiPO"], scale.rates)
+    means = [[(a + b) / 2 for a, b in zip(p or (0, 0), q or (0, 0), strict=True)] for p, q in zip(one, two, strict=True)]
+    quality, share = means[settings.index(chosen)]
+    keeping = [m for m in means if m[1] >= 0.9 + 1e-9]
+    if keeping:
+        assert share >= 0.9 - 1e-9 and quality >= max(q for q, _ in keeping) - 1e-9
+    elif all(s < 0.9 - 1e-9 for _, s in means):
+        assert share >= max(s for _, s in means) - 1e-9
