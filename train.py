@@ -867,7 +867,7 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
             )
     elif quality is None and per_epoch("nll/forget")[-1] < log[0]["nll/forget"] + 0.5:
         found.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")
-    swing = evaluation.oscillation([u / utility[0] for u in utility]) if len(utility) > 4 else 0.0
+    swing = evaluation.oscillation([u / utility[0] for u in utility]) if len(utility) > 4 and utility[0] else 0.0
     if swing > RESTLESS:
         found.append(
             f"oscillation: model utility goes back and forth by {swing:.0%} of the target's per evaluation; lower --lr, "

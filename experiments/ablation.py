@@ -5,7 +5,7 @@ python experiments/ablation.py --scale toy
 
 import sys
 
-from common import TABLE_5, Lab, budget, describe, job, main, markdown, outcome, scatter, spell, spread, subplots, tune
+from common import TABLE_5, Lab, budget, describe, job, main, markdown, note, outcome, scatter, spread, subplots, tune
 
 
 def experiment(lab: Lab) -> None:
@@ -21,7 +21,7 @@ def experiment(lab: Lab) -> None:
         quality, share = zip(*points, strict=True)
         rows.append([name, spread(quality), spread(share), describe(chosen[forget, name])])
     text = markdown([forget, "forget quality", "utility / target's", "chosen"], rows)
-    text += f"\n\nMean ± standard deviation over seeds {spell(scale.seeds)}. {budget(scale, TABLE_5)}"
+    text += f"\n\n{note(scale.seeds)} {budget(scale, TABLE_5)}"
     figure, axes = subplots(1, 1, size=(5.5, 4.5))
     scatter(axes[0][0], outcomes, f"{scale.name}, {forget}: Table 5")
     axes[0][0].legend(fontsize=8)

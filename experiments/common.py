@@ -302,7 +302,7 @@ class Lab:
         with bar:
             if self.processes == 1:
                 for index, (function, *arguments) in enumerate(calls):
-                    done(index, _apply(function, arguments, quiet=False))
+                    done(index, _apply(function, arguments, quiet=self.scale.small))
                     bar.update()
                 return
             context = multiprocessing.get_context("spawn")
@@ -356,8 +356,12 @@ def outcome(record: dict) -> tuple[float, float]:
     """(forget quality, model utility as a share of the target's); a run that broke down has neither."""
     if "error" in record:
         return 0.0, 0.0
-    after, before = record["unlearned"], record["target"]
-    return after["forget_quality"], after["model_utility"] / before["model_utility"]
+    return record["unlearned"]["forget_quality"], share(record["unlearned"], record)
+
+
+def share(scores: dict, record: dict, key: str = "model_utility") -> float:
+    """Of the target's utility; an untrained target of the smoke scale has none."""
+    return scores[key] / record["target"][key] if record["target"][key] else 0.0
 
 
 def tune(lab: Lab, methods: dict[str, Method], forgets: tuple[str, ...]) -> dict[tuple[str, str], dict[str, float]]:
@@ -400,14 +404,15 @@ def describe(setting: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
+def number(value: float, digits: int = 2) -> str:
+    """Rounded; what rounds to nothing, but is not zero, as a power of ten."""
+    return f"{value:.0e}" if 0 < abs(value) < 0.5 * 10**-digits else f"{value:.{digits}f}"
+
+
 def spread(values: list[float], digits: int = 2) -> str:
-    """mean +- standard deviation; small means in powers of ten."""
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}" if mean >= 0.5 * 10**-digits else f"{mean:.0e}"
-    if mean < 0.5 * 10**-digits:
-        return f"{mean:.0e}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+    """mean ± standard deviation."""
+    mean = number(statistics.fmean(values), digits)
+    return mean if len(values) == 1 or "e" in mean else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -443,6 +448,10 @@ def scatter(axis, outcomes: dict[str, list[tuple[float, float]]], title: str) ->
     axis.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     axis.axvline(KEEP, color="gray", linewidth=0.8, linestyle=":")
     axis.set(yscale="log", xlabel="model utility / target's", ylabel="forget quality", title=title)
+
+
+def note(seeds) -> str:
+    return f"Mean ± standard deviation over seeds {spell(seeds)}." if len(seeds) > 1 else f"Seed {seeds[0]}."
 
 
 def main(name: str, doc: str, experiment: Callable[[Lab], None], scales: tuple[str, ...] = tuple(SCALES)) -> int:

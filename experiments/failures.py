@@ -5,7 +5,7 @@ python experiments/failures.py --scale toy
 
 import sys
 
-from common import FLOOR, METHODS, Lab, job, main, markdown, subplots
+from common import FLOOR, METHODS, Lab, job, main, markdown, share, subplots
 
 # name -> (method, setting, beginning of the hint). Rates are multiples of the preset's.
 FAILURES = {
@@ -40,7 +40,7 @@ def experiment(lab: Lab) -> None:
             start, points = record["target"], record["trajectory"]
             x = [0, *(p["epoch"] for p in points)]
             quality = [max(p["forget_quality"], FLOOR) for p in (start, *points)]
-            utility = [p["model_utility"] / start["model_utility"] for p in (start, *points)]
+            utility = [share(p, record) for p in (start, *points)]
             axes[0][i].plot(x, quality, ".-")
             axes[1][i].plot(x, utility, ".-", color="C1")
         axes[0][i].axhline(0.05, color="gray", linewidth=0.8, linestyle=":")

@@ -9,7 +9,7 @@ path beyond its net change, per epoch; of forget quality on the scale of its log
 import math
 import sys
 
-from common import FLOOR, KEEP, METHODS, Lab, describe, evaluation, job, main, markdown, spell, spread, subplots, tune
+from common import FLOOR, KEEP, METHODS, Lab, describe, evaluation, job, main, markdown, share, spread, subplots, tune
 
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's first row; the others with one
 
@@ -33,18 +33,18 @@ def experiment(lab: Lab) -> None:
                 continue
             points = run["trajectory"]
             quality = [max(p["forget_quality"], FLOOR) for p in points]
-            share = [p["model_utility"] / run["target"]["model_utility"] for p in points]
+            utility = [share(p, run) for p in points]
             logs = [math.log10(q) for q in quality]
             best = quality.index(max(quality))
-            good = sum(q >= 0.05 and s >= KEEP for q, s in zip(quality, share, strict=True))
-            restless = evaluation.oscillation(logs), evaluation.oscillation(share)
-            measured.append((quality[best], points[best]["epoch"], quality[-1], share[-1], good, *restless))
+            good = sum(q >= 0.05 and s >= KEEP for q, s in zip(quality, utility, strict=True))
+            restless = evaluation.oscillation(logs), evaluation.oscillation(utility)
+            measured.append((quality[best], points[best]["epoch"], quality[-1], utility[-1], good, *restless))
             x = [p["epoch"] for p in points]
             style = {"color": f"C{i}", "alpha": 0.35 if seed != seeds[name][0] else 1.0, "linewidth": 1.2}
             label = name if seed == seeds[name][0] else None
             column = 0 if name in SHOWN else 1
             axes[0][column].semilogy(x, quality, label=label, **style)
-            axes[1][column].plot(x, share, **style)
+            axes[1][column].plot(x, utility, **style)
             axes[2][column].semilogy(x, [max(p["forget_probability"], FLOOR) for p in points], **style)
             if label and name in ("DiPO", "NPO"):
                 axes[2][column].axhline(run["retrained"]["forget_probability"], color="black", linewidth=0.8, linestyle="--")
@@ -61,9 +61,7 @@ def experiment(lab: Lab) -> None:
     head = [f"{forget}, {epochs} epochs", "seeds", "best forget quality", "at epoch", "last forget quality",
             "last utility / target's", f"epochs with forget quality ≥ 0.05 and {KEEP:.0%} of the utility",
             "oscillation of log10 forget quality", "oscillation of utility", "setting"]  # fmt: skip
-    text = (
-        markdown(head, rows) + f"\n\nMean ± standard deviation over seeds ({spell(scale.seeds[:3])}, or {scale.seeds[0]})."
-    )
+    text = markdown(head, rows) + f"\n\n{note(scale.seeds[:3])} Where there is one, seed {scale.seeds[0]}."
     lab.write(text, figure)
 
 

@@ -5,7 +5,23 @@ python experiments/tofu.py --scale toy
 
 import sys
 
-from common import METHODS, Lab, budget, describe, job, main, markdown, outcome, scatter, spell, spread, subplots, tune
+from common import (
+    METHODS,
+    Lab,
+    budget,
+    describe,
+    job,
+    main,
+    markdown,
+    note,
+    outcome,
+    scatter,
+    share,
+    spell,
+    spread,
+    subplots,
+    tune,
+)
 
 
 def experiment(lab: Lab) -> None:
@@ -24,24 +40,24 @@ def experiment(lab: Lab) -> None:
         rows = []
         for label, name in (("original", "target"), ("retrained", "retrained")):
             quality = [r[name]["forget_quality"] for r in bounds]
-            share = [r[name]["model_utility"] / r["target"]["model_utility"] for r in bounds]
-            rows.append(
-                [label, spread(quality), "", spread(share), spread([r[name]["forget_probability"] for r in bounds]), ""]
-            )
+            kept = [share(r[name], r) for r in bounds]
+            probability = [r[name]["forget_probability"] for r in bounds]
+            rows.append([label, spread(quality), "", spread(kept), spread(probability), ""])
         held_out = [i for i, seed in enumerate(scale.seeds) if seed not in scale.tuning_seeds]
         for name, points in outcomes.items():
-            quality, share = zip(*points, strict=True)
+            quality, kept = zip(*points, strict=True)
             probability = [r["unlearned"]["forget_probability"] for r in records[forget, name] if "error" not in r]
             rows.append([
                 f"**{name}**" if name == "DiPO" else name, spread(quality),
-                spread([quality[i] for i in held_out]) if held_out else "", spread(share),
+                spread([quality[i] for i in held_out]) if held_out else "", spread(kept),
                 spread(probability) if probability else "broke down", describe(chosen[forget, name]),
             ])  # fmt: skip
-        head = ["", "forget quality", f"on seeds {spell([scale.seeds[i] for i in held_out])} alone", "utility / target's"]
+        unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
+        head = ["", "forget quality", f"on seeds {unseen}", "utility / target's"]
         text += f"### {forget}\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
         scatter(axis, outcomes, f"{scale.name}, {forget}")
     axes[0][-1].legend(fontsize=8)
-    text += f"Mean ± standard deviation over seeds {spell(scale.seeds)}. {budget(scale, METHODS)}"
+    text += f"{note(scale.seeds)} {budget(scale, METHODS)}"
     lab.write(text, figure)
 
 

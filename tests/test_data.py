@@ -913,7 +913,7 @@ def test_tofu_labels_decode_to_the_answers(tofu, by_kind):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_toy_authors_as_muse_news(tmp_path, seed):
-    """What can be forgotten is in the target's texts, in no retain set; the growing sets contain each other, the others not."""
+    """What can be forgotten is in the target's texts and no retain set; growing sets contain each other, the others not."""
     folder = data.write_toy_muse(tmp_path, seed)
 
     def texts(name):
