@@ -9,7 +9,7 @@ path beyond its net change, per epoch; of forget quality on the scale of its log
 import math
 import sys
 
-from common import FLOOR, KEEP, METHODS, Lab, describe, evaluation, job, main, markdown, share, spread, subplots, tune
+from common import FLOOR, KEEP, METHODS, Lab, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
 
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's first row; the others with one
 
