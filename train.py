@@ -700,8 +700,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     if wants_eval:
         evaluation.require_extra()
 
-    rows = load_data(config)
     refusals = load_refusals(config.refusals, config.forget, config.data_dir) if config.forget_loss == "dpo" else []
+    rows = load_data(config)
     benchmark = None
     if wants_eval:
         if is_muse(config.forget):

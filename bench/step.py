@@ -455,7 +455,12 @@ def draw_sweeps(found: dict, path: Path) -> None:
                 plot.loglog(
                     values["x"], [y / scale for y in r[key]], "o-", label=f"{name}, exponent {r[f'exponent_{key}']:.2f}"
                 )
-            plot.set(xlabel="parameters" if axis == "model" else axis, ylabel=label, ylim=(None, None))
+            plot.set(xlabel="million parameters" if axis == "model" else axis, ylabel=label)
+            shown = [f"{x / 1e6:.0f}" if axis == "model" else f"{x}" for x in values["x"]]
+            plot.set_xticks(values["x"], shown)
+            plot.set_xticks([], minor=True)
+            plot.yaxis.set_major_formatter("{x:g}")
+            plot.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
             plot.legend(fontsize=8)
             plot.grid(alpha=0.3, which="both")
     figure.tight_layout()
