@@ -12,14 +12,14 @@ def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
     print(budget(scale, TABLE_5), flush=True)
-    chosen = tune(lab, TABLE_5, (forget,))
-    jobs = [job(scale, forget, seed, m, chosen[forget, name]) for name, m in TABLE_5.items() for seed in scale.seeds]
+    chosen = tune(lab, TABLE_5)
+    jobs = [job(scale, forget, seed, m, chosen[name]) for name, m in TABLE_5.items() for seed in scale.seeds]
     found = iter(lab.run(jobs, "all seeds"))
     outcomes = {name: [outcome(next(found)) for _ in scale.seeds] for name in TABLE_5}
     rows = []
     for name, points in outcomes.items():
         quality, share = zip(*points, strict=True)
-        rows.append([name, spread(quality), spread(share), describe(chosen[forget, name])])
+        rows.append([name, spread(quality), spread(share), describe(chosen[name])])
     text = markdown([forget, "forget quality", "utility / target's", "chosen"], rows)
     text += f"\n\n{note(scale.seeds)} {budget(scale, TABLE_5)}"
     figure, axes = subplots(1, 1, size=(5.5, 4.5))

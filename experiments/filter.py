@@ -54,7 +54,7 @@ def with_filter(scale: Scale, forget: str, seed: int, setting: dict, choice: dic
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
-    setting = tune(lab, {"DiPO": METHODS["DiPO"]}, (forget,))[forget, "DiPO"]
+    setting = tune(lab, {"DiPO": METHODS["DiPO"]})["DiPO"]
     choices = filters(scale.small)
     rules = list(dict.fromkeys(c["filter"] for c in choices))
     papers = [c for c in choices if c["alpha"] == 1 and (c["pair_from"], c["center"]) == ("policy", "no-center")]

@@ -17,11 +17,11 @@ SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's 
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
-    chosen = tune(lab, METHODS, (forget,))
+    chosen = tune(lab, METHODS)
     epochs = 2 if scale.small else 50 if scale.name == "toy" else 20
     more = f"--epochs {epochs} --eval-every 1"
     seeds = {name: scale.seeds[:3] if name in SHOWN else scale.seeds[:1] for name in METHODS}
-    jobs = [job(scale, forget, seed, METHODS[name], chosen[forget, name], more) for name in METHODS for seed in seeds[name]]
+    jobs = [job(scale, forget, seed, METHODS[name], chosen[name], more) for name in METHODS for seed in seeds[name]]
     found = iter(lab.run(jobs))
     records = {name: [next(found) for _ in seeds[name]] for name in METHODS}
     rows = []
@@ -50,7 +50,7 @@ def experiment(lab: Lab) -> None:
                 axes[2][column].axhline(run["retrained"]["forget_probability"], color="black", linewidth=0.8, linestyle="--")
         columns = list(zip(*measured, strict=True))
         cells = [spread([float(v) for v in c]) for c in columns] if columns else ["broke down"] + [""] * 6
-        rows.append([name, str(len(runs)), *cells, describe(chosen[forget, name])])
+        rows.append([name, str(len(runs)), *cells, describe(chosen[name])])
     for column, title in enumerate((", ".join(SHOWN), "the other baselines")):
         axes[0][column].axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
         axes[0][column].set(ylabel="forget quality", title=f"{scale.name}, {forget}: {title}", ylim=(FLOOR / 2, 2))

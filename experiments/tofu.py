@@ -27,9 +27,11 @@ from common import (
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     print(budget(scale, METHODS), flush=True)
-    chosen = tune(lab, METHODS, scale.forgets)
+    chosen = tune(lab, METHODS)
     jobs = {
-        key: [job(scale, key[0], seed, METHODS[key[1]], setting) for seed in scale.seeds] for key, setting in chosen.items()
+        (forget, name): [job(scale, forget, seed, METHODS[name], chosen[name]) for seed in scale.seeds]
+        for forget in scale.forgets
+        for name in METHODS
     }
     found = iter(lab.run([j for group in jobs.values() for j in group], "all seeds"))
     records = {key: [next(found) for _ in group] for key, group in jobs.items()}
@@ -50,7 +52,7 @@ def experiment(lab: Lab) -> None:
             rows.append([
                 f"**{name}**" if name == "DiPO" else name, spread(quality),
                 spread([quality[i] for i in held_out]) if held_out else "", spread(kept),
-                spread(probability) if probability else "broke down", describe(chosen[forget, name]),
+                spread(probability) if probability else "broke down", describe(chosen[name]),
             ])  # fmt: skip
         unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
         head = ["", "forget quality", f"on seeds {unseen}", "utility / target's"]

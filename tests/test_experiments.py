@@ -111,7 +111,7 @@ def test_the_chosen_setting_forgets_best_among_those_that_keep_the_utility(one, 
     sys.path.remove(str(FOLDER))
     found = records(*(x for pair in zip(one, two, strict=True) for x in pair))  # two seeds for each of eight settings
     scale, methods = common.SCALES["toy"], {"DiPO": common.METHODS["DiPO"]}
-    chosen = common.tune(Found(scale, found), methods, ("forget10",))["forget10", "DiPO"]
+    chosen = common.tune(Found(scale, found), methods)["DiPO"]
     settings = common.grid(methods["DiPO"], scale.rates)
     means = [[(a + b) / 2 for a, b in zip(p or (0, 0), q or (0, 0), strict=True)] for p, q in zip(one, two, strict=True)]
     quality, share = means[settings.index(chosen)]
