@@ -72,15 +72,15 @@ def kept_utility(record: dict) -> float:
 
 def experiment(lab: Lab) -> None:
     name = lab.scale.name
-    seeds = lab.scale.seeds[:3]
+    seeds, shown = lab.scale.seeds[:3], SHOWN[: 1 if lab.scale.small else 2]
     lab.scale = scale = dataclasses.replace(
         lab.scale, flags=FLAGS[name], prepare={"smoke": prepare_smoke, "toy": prepare}.get(name, lab.scale.prepare)
     )
     growing = [f"--scal {k}" for k in range(1, 2 if scale.small else 5)]
     chosen = {}
-    tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in SHOWN for lr in RATES[name]}
+    tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in shown for lr in RATES[name]}
     found = dict(zip(tried, lab.run([*tried.values()], "search"), strict=True))
-    for m in SHOWN:
+    for m in shown:
         scores = {}
         for lr in RATES[name]:
             kept = kept_utility(found[m, lr])
@@ -88,19 +88,19 @@ def experiment(lab: Lab) -> None:
         chosen[m] = scores[max(scores)]
     jobs = {
         (m, request, seed): job(scale, request, seed, METHODS[m], {"lr": chosen[m]})
-        for m in SHOWN
+        for m in shown
         for request in [*growing, "--sust"]
         for seed in seeds
     }
     records = dict(zip(jobs, lab.run([*jobs.values()]), strict=True))
-    bounds = [records[SHOWN[0], growing[0], seed] for seed in seeds]
+    bounds = [records[shown[0], growing[0], seed] for seed in seeds]
 
     def cells(scores: list[dict]) -> list[str]:
         return [spread([s[key] * (1 if label == "PrivLeak" else 100) for s in scores], 1) for label, key in SCORES.items()]
 
     rows = [[label, *cells([b[label] for b in bounds])] for label in ("target", "retrained") if label in bounds[0]]
     curves = {}
-    for m in SHOWN:
+    for m in shown:
         for k, request in enumerate(growing, 1):
             runs = [r["unlearned"] for seed in seeds if "error" not in (r := records[m, request, seed])]
             rows.append([f"{m}, {k} x the forget set", *(cells(runs) if runs else ["broke down", "", "", ""])])
@@ -115,7 +115,7 @@ def experiment(lab: Lab) -> None:
     figure, axes = subplots(2, 4, size=(3.4, 3.0))
     for row, way in enumerate(("growing", "in sequence")):
         for axis, (label, key) in zip(axes[row], SCORES.items(), strict=True):
-            for m in SHOWN:
+            for m in shown:
                 points = [(k, curves[m, way, k]) for k in range(1, 5) if curves.get((m, way, k))]
                 factor = 1 if label == "PrivLeak" else 100
                 axis.plot([k for k, _ in points], [factor * statistics.fmean(s[key] for s in runs) for _, runs in points],

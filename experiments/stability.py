@@ -17,13 +17,14 @@ SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's 
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
-    chosen = tune(lab, METHODS)
+    methods = {name: METHODS[name] for name in (SHOWN if scale.small else METHODS)}
+    chosen = tune(lab, methods)
     epochs = 2 if scale.small else 50 if scale.name == "toy" else 20
     more = f"--epochs {epochs} --eval-every 1"
-    seeds = {name: scale.seeds[:3] if name in SHOWN else scale.seeds[:1] for name in METHODS}
-    jobs = [job(scale, forget, seed, METHODS[name], chosen[name], more) for name in METHODS for seed in seeds[name]]
+    seeds = {name: scale.seeds[:3] if name in SHOWN else scale.seeds[:1] for name in methods}
+    jobs = [job(scale, forget, seed, METHODS[name], chosen[name], more) for name in methods for seed in seeds[name]]
     found = iter(lab.run(jobs))
-    records = {name: [next(found) for _ in seeds[name]] for name in METHODS}
+    records = {name: [next(found) for _ in seeds[name]] for name in methods}
     rows = []
     figure, axes = subplots(3, 2, size=(6, 3.2))
     for i, (name, runs) in enumerate(records.items()):

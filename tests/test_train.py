@@ -70,7 +70,8 @@ def records(folder) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-LOSSES = list(itertools.product(("dipo", "npo", "simnpo", "dpo", "ga"), ("dipo", "gd", "kl", "none")))
+LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
+LOSSES += [("simnpo", "gd"), ("dpo", "gd"), ("dpo", "kl")]
 REFERENCED = [losses for losses in LOSSES if {*losses} & {*train.NEEDS_REFERENCE}]
 OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
 
