@@ -58,7 +58,8 @@ def experiment(lab: Lab) -> None:
         axes[1][column].axhline(KEEP, color="gray", linewidth=0.8, linestyle=":")
         axes[1][column].set(ylabel="model utility / target's", ylim=(0, 1.1))
         axes[2][column].set(ylabel="forget answers' probability\n(dashed: retrained)", xlabel="epoch")
-        axes[0][column].legend(fontsize=8)
+        if axes[0][column].lines[1:]:  # beside the line at 0.05
+            axes[0][column].legend(fontsize=8)
     head = [f"{forget}, {epochs} epochs", "seeds", "best forget quality", "at epoch", "last forget quality",
             "last utility / target's", f"epochs with forget quality ≥ 0.05 and {KEEP:.0%} of the utility",
             "oscillation of log10 forget quality", "oscillation of utility", "setting"]  # fmt: skip
