@@ -204,16 +204,16 @@ def oscillation(values: list[float]) -> float:
 def degenerate_share(samples: dict[str, tuple[str, str, str]]) -> float:
     """Share of the generations that are no language, by (question, reference, generation). Ours, and crude: no words at
     all, more than half of them in no question or reference here, or (of 8 words and more) most pairs of words repeated."""
-    known = {w for question, reference, _ in samples.values() for w in _words(question) | _words(reference)}
+    known = {w for question, reference, _ in samples.values() for w in _words(question) + _words(reference)}
     return sum(_is_degenerate(generation, known) for _, _, generation in samples.values()) / len(samples)
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def _is_degenerate(text: str, known: set[str]) -> bool:
-    words = re.findall(r"\w+", text.lower())
+    words = _words(text)
     pairs = set(zip(words, words[1:], strict=False))
     strange = sum(w not in known for w in words)
     return not words or strange > len(words) / 2 or (len(words) >= 8 and len(pairs) < (len(words) - 1) / 2)
@@ -806,6 +806,11 @@ def keep_log(folder: Path | None, name: str, protocol: dict, run) -> dict:
         write_json(path, log)
         journal.unlink(missing_ok=True)
     return log | {"path": str(path) if path else None}
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The objects of a file with one per line; none where there is no such file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def write_json(path: Path, value: dict, indent: int = 1) -> None:
@@ -1412,7 +1417,8 @@ def plot(run: Path) -> Path:
     except ImportError:
         raise EvalError("plots need matplotlib: pip install -e '.[eval]'") from None
     try:
-        points = [json.loads(line) for line in (run / "trajectory.jsonl").read_text().splitlines()]
+        if not (points := read_jsonl(run / "trajectory.jsonl")):
+            raise FileNotFoundError(f"{run / 'trajectory.jsonl'} holds nothing")
         summary = json.loads((run / "summary.json").read_text())
         marks = {name: summary[name] for name in ("target", "retrained") if name in summary}
         path = [(marks["target"] | {"epoch": 0})] + points if "target" in marks else points

@@ -246,16 +246,13 @@ def position_scores(
 def sequence_losses(name: str, role: str, config: Config, scores: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """(loss, margin or None) of each sequence, or of each group of them, [b] from the scores of its answer positions."""
     sums = torch.stack([s.sum() for s in scores])
-    lengths = torch.tensor([len(s) for s in scores], device=sums.device)
+    if name == "simnpo" or (name == "dipo" and config.reduction == "mean"):
+        sums = sums / sums.new_tensor([len(s) for s in scores])
     if name == "dipo":
         u = sums * (config.forget_beta if role == "forget" else config.retain_beta)
-        if config.reduction == "mean":
-            u = u / lengths
         return dipo.bradley_terry_loss(u), u.detach()
-    if name == "npo":
+    if name in ("npo", "simnpo"):
         return dipo.negative_preference_loss(sums, config.forget_beta), None
-    if name == "simnpo":
-        return dipo.negative_preference_loss(sums / lengths, config.forget_beta), None
     if name == "dpo":
         return dipo.dpo_loss(sums[::2], sums[1::2], config.forget_beta), None
     return sums, None
@@ -284,10 +281,8 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
     at a time, forward and backward, and leave the gradient of the final hidden states; the blocks are passed backward
     once, from there. A sequence too long for that goes through the head piece by piece, and once more going backward.
     """
-    groups = {
-        role: [examples[i : i + GROUP.get(name, 1)] for i in range(0, len(examples), GROUP.get(name, 1))]
-        for role, (name, _, examples) in parts.items()
-    }
+    sizes = {role: GROUP.get(name, 1) for role, (name, _, _) in parts.items()}
+    groups = {role: [x[i : i + sizes[role]] for i in range(0, len(x), sizes[role])] for role, (_, _, x) in parts.items()}
     tokens = {role: sum(group[0].answer_length for group in x) for role, x in groups.items()}  # without refusals
     divisors = {role: len(groups[role]) if part[0] in PER_SEQUENCE else tokens[role] for role, part in parts.items()}
     sums = {f"{key}/{role}": 0.0 for key in ("loss", "nll", "margin") for role in parts} | {"swapped": 0}
@@ -319,7 +314,7 @@ def compute_gradients(model: Llama, reference, config: Config, parts: dict[str, 
             loss = losses.sum() / divisors[role]
             (weight * loss).backward()
             sums[f"loss/{role}"] += loss.detach()
-            sums[f"nll/{role}"] += sum(x.sum() for x in nll.split(answer_lengths)[:: GROUP.get(name, 1)]) / tokens[role]
+            sums[f"nll/{role}"] += sum(x.sum() for x in nll.split(answer_lengths)[:: sizes[role]]) / tokens[role]
             if name == "dipo":
                 sums[f"margin/{role}"] += margins.sum() / divisors[role]
             sums["swapped"] += swapped.sum()
@@ -574,8 +569,7 @@ def train(model: Llama, config: Config, data: dict[str, list], out: Path, on_epo
     reference = make_reference(model, config, data, steps, out) if checkpoint_step(out) < steps else None
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
-    kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= start] if log.exists() else []
-    log.write_text("".join(line + "\n" for line in kept))
+    log.write_text("".join(json.dumps(r) + "\n" for r in evaluation.read_jsonl(log) if r["step"] <= start))
 
     if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
         on_epoch(start, evaluate_at[start], start == steps)
@@ -760,9 +754,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         log = score(model, "unlearned", out) if last else score(model, f"epoch-{epoch:g}")
         record = {"step": step, "epoch": epoch} | benchmark.summary(log, *references)[0]
         path = out / "trajectory.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        lines = [line for line in lines if json.loads(line)["step"] < step]  # a resumed run may come by here again
-        path.write_text("\n".join([*lines, json.dumps(record)]) + "\n")
+        earlier = [r for r in evaluation.read_jsonl(path) if r["step"] < step]  # a resumed run may come by here again
+        path.write_text("".join(json.dumps(r) + "\n" for r in [*earlier, record]))
         tqdm.write(f"epoch {epoch:g}: {benchmark.headline(record)}")
 
     train(model, config, examples, out, on_epoch if wants_eval else None)
@@ -778,17 +771,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         print(f"\n{benchmark.report({k: summary[k] for k in logs}, found)}")
         print_samples({k: benchmark.samples(log) for k, log in logs.items()})
     if not config.finetune:
-        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        points, remembers, degenerate = [], None, None
-        if isinstance(benchmark, evaluation.Tofu):
-            degenerate = evaluation.degenerate_share(benchmark.samples(logs["unlearned"]))
-            path = out / "trajectory.jsonl"
-            points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            points = [summary["target"], *(points or [summary["unlearned"] | {"epoch": config.epochs}])]
-            if references[0] is not None:
-                ours, theirs = (evaluation.truth_ratios(log) for log in (logs["unlearned"], references[0]))
-                remembers = statistics.median(ours) < statistics.median(theirs)
-        summary["hints"] = hints(records, points, remembers, degenerate)
+        summary["hints"] = find_hints(out, benchmark, logs, references[0], summary)
         for line in summary["hints"]:
             print(f"hint: {line}")
     evaluation.write_json(out / "summary.json", summary)
@@ -826,6 +809,20 @@ def run_requests(config: Config, out: Path, resume: bool) -> None:
 COLLAPSE, QUALITY, RESTLESS, NO_LANGUAGE = 0.5, 0.05, 0.05, 0.5  # thresholds of `hints`; our choice, see the README
 
 
+def find_hints(out: Path, benchmark, logs: dict[str, dict], reference: dict | None, summary: dict) -> list[str]:
+    """`hints` of a finished unlearning run, from its folder, its evaluation logs and their summary."""
+    log = evaluation.read_jsonl(out / "log.jsonl")
+    points, remembers, degenerate = [], None, None
+    if isinstance(benchmark, evaluation.Tofu):
+        degenerate = evaluation.degenerate_share(benchmark.samples(logs["unlearned"]))
+        later = evaluation.read_jsonl(out / "trajectory.jsonl") or [summary["unlearned"] | {"epoch": log[-1]["epoch"]}]
+        points = [summary["target"], *later]
+        if reference is not None:
+            ours, theirs = (evaluation.truth_ratios(log) for log in (logs["unlearned"], reference))
+            remembers = statistics.median(ours) < statistics.median(theirs)
+    return hints(log, points, remembers, degenerate)
+
+
 def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerate: float | None) -> list[str]:
     """The failures that a finished unlearning run shows, each one line with its remedy.
 
@@ -833,39 +830,36 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
     model_utility; empty without TOFU's evaluation. remembers: whether the forget answers are still likelier, against their
     wrong ones, than the retrained model has them; None without one. degenerate: `eval.degenerate_share`.
     """
-    found = []
-
-    def per_epoch(key):
-        epochs = itertools.groupby(log, lambda record: math.ceil(record["epoch"] - 1e-9))
-        return [statistics.fmean(r[key] for r in records) for _, records in epochs]
-
+    found, start = [], log[0]
+    final = math.ceil(log[-1]["epoch"] - 1e-9)
+    last_epoch = [record for record in log if math.ceil(record["epoch"] - 1e-9) == final]
+    end = {key: statistics.fmean(r[key] for r in last_epoch) for key in ("nll/forget", "nll/retain") if key in start}
     utility = [p["model_utility"] for p in points]
-    retain = per_epoch("nll/retain") if "nll/retain" in log[0] else []
     if utility and utility[-1] < COLLAPSE * utility[0]:
         found.append(
             f"utility collapsed: model utility {utility[-1]:.3g}, the target's is {utility[0]:.3g}; lower --lr, train fewer "
             "--epochs, raise --lam, or use a retain loss"
         )
-    elif not utility and retain and retain[-1] > log[0]["nll/retain"] + 1:
+    elif not utility and "nll/retain" in end and end["nll/retain"] > start["nll/retain"] + 1:
         found.append(
-            f"utility collapsed: retain answers cost {retain[-1]:.3g} nats per token, at the start "
-            f"{log[0]['nll/retain']:.3g}; lower --lr, train fewer --epochs, or raise --lam"
+            f"utility collapsed: retain answers cost {end['nll/retain']:.3g} nats per token, at the start "
+            f"{start['nll/retain']:.3g}; lower --lr, train fewer --epochs, or raise --lam"
         )
     quality = points[-1]["forget_quality"] if points else None
     if quality is not None and quality < QUALITY:
         peak = max(points[1:], key=lambda p: p["forget_quality"])
-        if remembers:
+        if remembers and not found:  # a broken model's truth ratios say nothing of what it remembers
             found.append(
                 f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
                 "model; raise --lr or --epochs"
             )
-        else:
+        elif not remembers:
             earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})"
             found.append(
                 f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model"
                 f"{earlier if peak['forget_quality'] >= QUALITY else ''}; train fewer --epochs or lower --lr"
             )
-    elif quality is None and per_epoch("nll/forget")[-1] < log[0]["nll/forget"] + 0.5:
+    elif quality is None and end["nll/forget"] < start["nll/forget"] + 0.5:
         found.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")
     swing = evaluation.oscillation([u / utility[0] for u in utility]) if len(utility) > 4 and utility[0] else 0.0
     if swing > RESTLESS:
