@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("tofu", "ablation", "failures", "stability", "filter", "muse")  # later ones share runs of earlier ones
+NAMES = ("tofu", "ablation", "beta", "failures", "stability", "filter", "muse")  # later ones share runs of earlier ones
 
 
 def run_all() -> int:

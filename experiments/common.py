@@ -61,10 +61,10 @@ METHODS = {
     "NPO+GD": Method("npo", "gd", "lam", (1.0, 5.0)),
     "SimNPO": Method("simnpo", "gd", "lam", (1.0, 8.0)),  # 8: open-unlearning's gamma 0.125
     "DPO": Method("dpo", "gd", "lam", (1.0, 5.0)),
-    "DiPO": Method("dipo", "dipo", "lam", (1.0, 2.0)),
+    "DiPO": Method("dipo", "dipo", "beta", (0.02, 0.05)),
 }
 TABLE_5 = {
-    "DiPO(f)": Method("dipo", "none", "beta", (0.05, 0.1)),
+    "DiPO(f)": Method("dipo", "none", "beta", (0.02, 0.05)),
     "DiPO(f)+GD": Method("dipo", "gd", "lam", (1.0, 5.0)),
     "DiPO(f)+KL": Method("dipo", "kl", "lam", (1.0, 5.0)),
     "NPO+DiPO(r)": Method("npo", "dipo", "lam", (1.0, 5.0)),
@@ -77,10 +77,6 @@ def grid(method: Method, rates: tuple[float, ...]) -> list[dict[str, float]]:
     if method.coefficient is None:
         return [{"lr": float(f"{r:.2g}")} for rate in rates for r in (rate / math.sqrt(2), rate)]
     return [{"lr": rate, method.coefficient: value} for rate in rates for value in method.values]
-
-
-def settings(scale: "Scale", method: Method) -> list[dict[str, float]]:
-    return grid(method, scale.rates)[: 1 if scale.small else None]
 
 
 # --------------------------------------------------------------------------------------------------------------- scales
@@ -131,15 +127,14 @@ def smollm2_folder(name: str) -> Path:
     return train.RUNS / "experiments" / f"smollm2-{name}"
 
 
-def variable(name: str, what: str) -> str:
-    """An environment variable that names a folder."""
+SMOLLM2_DATA = train.RUNS / "experiments" / "data"  # a link to the folder that DIPO_DATA names
+
+
+def variable(name: str, what: str) -> Path:
+    """The folder that an environment variable names."""
     if not os.environ.get(name):
         raise RuntimeError(f"set {name} to the folder of {what}")
-    return os.environ[name]
-
-
-def data_folder() -> str:
-    return variable("DIPO_DATA", "TOFU/forget10.json and the other data sets")
+    return Path(os.environ[name]).resolve()
 
 
 def smollm2_data(forget: str) -> str:
@@ -155,15 +150,18 @@ def smollm2_flags(forget: str, seed: int) -> list[str]:
         flags += " --epochs 10"
     else:
         flags += " --batch-size 8 --epochs 5 --eval-retain tofu_retain_perturbed[:40] --max-new-tokens 32"
-    return [*flags.split(), "--data-dir", data_folder()]
+    return [*flags.split(), "--data-dir", str(SMOLLM2_DATA)]
 
 
 def prepare_smollm2(forget: str, seed: int) -> int:
     base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
+    SMOLLM2_DATA.parent.mkdir(parents=True, exist_ok=True)
+    SMOLLM2_DATA.unlink(missing_ok=True)
+    SMOLLM2_DATA.symlink_to(variable("DIPO_DATA", "TOFU/forget10.json and the other data sets"))
     for name, rows in (("target", f"{smollm2_data(forget)}+tofu_{forget}"), ("retrained", smollm2_data(forget))):
         out = smollm2_folder(f"{forget}-{name}")
         if not (out / "summary.json").exists():
-            flags = ["--model", base, "--finetune", rows, "--data-dir", data_folder(), "--out", str(out)]
+            flags = ["--model", str(base), "--finetune", rows, "--data-dir", str(SMOLLM2_DATA), "--out", str(out)]
             flags += "--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 --compile".split()
             if status := train.main(["--resume", "--out", str(out)] if out.exists() else flags):
                 return status
@@ -250,16 +248,17 @@ def do(item: Job, quiet: bool) -> dict:
         shutil.rmtree(out, ignore_errors=True)
         return {"error": error}
     record = json.loads((out / "summary.json").read_text())
-    if not (out / "log.jsonl").exists():  # requests in sequence: the summaries of each
-        shutil.rmtree(out)
-        return {"requests": record, "seconds": round(time.perf_counter() - began, 1)}
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    record["log"] = {k: [round(r[k], 4) for r in log] for k in ("nll/forget", "nll/retain", "grad_norm") if k in log[0]}
-    if (out / "trajectory.jsonl").exists():
-        points = [json.loads(line) for line in (out / "trajectory.jsonl").read_text().splitlines()]
-        record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
+    made = {"commit": json.loads((out / "config.json").read_text())["versions"]["commit"]}
+    made["seconds"] = round(time.perf_counter() - began, 1)
+    if log := evaluation.read_jsonl(out / "log.jsonl"):
+        record["log"] = {k: [round(r[k], 4) for r in log] for k in ("nll/forget", "nll/retain", "grad_norm") if k in log[0]}
+        if points := evaluation.read_jsonl(out / "trajectory.jsonl"):
+            record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
+        del record["model"]
+    else:  # requests in sequence: the summary of each
+        record = {"requests": record}
     shutil.rmtree(out)
-    return {k: v for k, v in record.items() if k != "model"} | {"seconds": round(time.perf_counter() - began, 1)}
+    return record | made
 
 
 TRAJECTORY = ("epoch", "forget_quality", "model_utility", "forget_probability", "forget_truth_ratio")
@@ -271,13 +270,6 @@ class Lab:
     def __init__(self, name: str, scale: Scale, folder: Path, processes: int):
         self.name, self.scale, self.folder, self.processes = name, scale, folder / scale.name, processes
 
-    def records(self) -> dict[str, dict]:
-        """What this experiment, or else another of this scale, has run already."""
-        found = {}
-        for path in sorted(self.folder.glob("*.json"), key=lambda p: p.stem == self.name):
-            found |= json.loads(path.read_text())["records"]
-        return found
-
     def keep(self, records: dict[str, dict]) -> None:
         versions = train.versions() | {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.processes} at a time"
@@ -286,28 +278,30 @@ class Lab:
 
     def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
         """The record of each job, in order. Prepares the models that the jobs need."""
-        records = self.records()
-        mine = {j.line: records[j.line] for j in jobs if j.line in records}
-        todo = list({j.line: j for j in jobs if j.line not in records}.values())
-        before = json.loads(path.read_text())["records"] if (path := self.folder / f"{self.name}.json").exists() else {}
-        if todo:
-            firsts = {j.seed: (j.forget, j.seed) for j in reversed(todo)}
-            others = {(j.forget, j.seed) for j in todo} - {*firsts.values()}
-            for pairs in (firsts.values(), others):  # a seed's first forget set makes its target model; no two at a time
-                self._each([(self.scale.prepare, *pair) for pair in sorted(pairs)], "models", lambda index, result: None)
+        mine, others = {}, {}  # what this experiment has run, and what others of this scale
+        for path in self.folder.glob("*.json"):
+            records = mine if path.stem == self.name else others
+            records |= json.loads(path.read_text())["records"]
+        mine |= {j.line: others[j.line] for j in jobs if j.line in others and j.line not in mine}
+        todo = list({j.line: j for j in jobs if j.line not in mine}.values())
+        firsts = {j.seed: (j.forget, j.seed) for j in reversed(todo)}
+        rest = {(j.forget, j.seed) for j in todo} - {*firsts.values()}
+        for pairs in (firsts.values(), rest):  # a seed's first forget set makes its target model; no two at a time
+            self._each([(self.scale.prepare, *pair) for pair in sorted(pairs)], "models", lambda index, result: None)
 
-            def done(index, record):
-                mine[todo[index].line] = record
-                self.keep(before | mine)
+        def done(index, record):
+            mine[todo[index].line] = record
+            self.keep(mine)
 
-            self._each([(do, j) for j in todo], f"{self.name}: {what}", done)
-        self.keep(before | mine)
+        self._each([(do, j) for j in todo], f"{self.name}: {what}", done)
+        self.keep(mine)
         return [mine[j.line] for j in jobs]
 
     def _each(self, calls: list[tuple], label: str, done) -> None:
-        bar = tqdm(total=len(calls), desc=label, unit="run")
-        with bar:
-            if self.processes == 1:
+        if not calls:
+            return
+        with tqdm(total=len(calls), desc=label, unit="run") as bar:
+            if min(self.processes, len(calls)) == 1:  # in this process, with all threads
                 for index, (function, *arguments) in enumerate(calls):
                     done(index, _apply(function, arguments, quiet=self.scale.small))
                     bar.update()
@@ -375,7 +369,7 @@ def tune(lab: Lab, methods: dict[str, Method]) -> dict[str, dict[str, float]]:
     """{method: setting}, chosen on the largest forget set and the tuning seeds by one rule for all: of the settings that
     keep KEEP of the target's utility the one with the highest mean forget quality; if none does, the one that keeps most."""
     scale = lab.scale
-    tried = {name: settings(scale, method) for name, method in methods.items()}
+    tried = {name: grid(method, scale.rates)[: 1 if scale.small else None] for name, method in methods.items()}
     jobs = {
         name: [
             [job(scale, scale.forgets[-1], seed, methods[name], choice) for seed in scale.tuning_seeds] for choice in choices

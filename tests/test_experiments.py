@@ -46,7 +46,7 @@ def run(name: str, monkeypatch, *flags: str) -> int:
     return module.main(name, module.__doc__, module.experiment)
 
 
-@pytest.mark.parametrize("name", ["tofu", "ablation", "failures", "stability", "filter", "muse"])
+@pytest.mark.parametrize("name", ["tofu", "ablation", "beta", "failures", "stability", "filter", "muse"])
 def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, monkeypatch, capsys, name):
     assert run(name, monkeypatch) == 0
     results = Path("results/smoke")
