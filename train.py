@@ -356,11 +356,12 @@ def draw_parts(config: Config, data: dict[str, list], first: int, count: int) ->
 
     if config.finetune:
         return {"finetune": ("gd", 1.0, drawn("finetune"))}
-    examples = drawn("forget")
     if config.forget_loss == "dpo":
+        pairs = drawn("forget", list(zip(data["forget"], data["refusals"], strict=True)))
         which = drawn("refusals", range(len(data["refusals"][0])))
-        refusals = dict(zip(data["forget"], data["refusals"], strict=True))
-        examples = [e for answer, i in zip(examples, which, strict=True) for e in (answer, refusals[answer][i])]
+        examples = [e for (answer, refusals), i in zip(pairs, which, strict=True) for e in (answer, refusals[i])]
+    else:
+        examples = drawn("forget")
     parts = {"forget": (config.forget_loss, 1.0, examples)}
     if config.retain_loss != "none":
         parts["retain"] = (config.retain_loss, config.lam, drawn("retain"))
@@ -848,12 +849,12 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
     quality = points[-1]["forget_quality"] if points else None
     if quality is not None and quality < QUALITY:
         peak = max(points[1:], key=lambda p: p["forget_quality"])
-        if remembers and not found:  # a broken model's truth ratios say nothing of what it remembers
+        if remembers and not found and peak["forget_quality"] < QUALITY:  # of a broken model truth ratios say nothing
             found.append(
                 f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
                 "model; raise --lr or --epochs"
             )
-        elif not remembers:
+        elif not remembers or peak["forget_quality"] >= QUALITY:
             earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})"
             found.append(
                 f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model"

@@ -444,7 +444,7 @@ def scatter(axis, outcomes: dict[str, list[tuple[float, float]]], title: str) ->
     """Forget quality (log axis) against the share of utility kept: small marks for seeds, large ones for their means."""
     for i, (name, points) in enumerate(outcomes.items()):
         quality, share = zip(*points, strict=True)
-        color, marker = f"C{i % 10}", "osD^vP*X<>"[i % 10]
+        color, marker = "black" if name == "DiPO" else f"C{i % 10}", "osD^vP*X<>"[i % 10]
         axis.plot(share, [max(q, FLOOR) for q in quality], marker, color=color, markersize=3, alpha=0.5)
         means = statistics.fmean(share), max(statistics.fmean(quality), FLOOR)
         axis.plot(*means, marker, color=color, markersize=9, label=name, linestyle="none")

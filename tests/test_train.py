@@ -799,6 +799,7 @@ HINTS = {
     "too much": ((GOOD, scores_of((1e-9, 0.8), (1e-4, 0.8)), False, 0.0), ["over-unlearning: forget quality 0.0001, "]),
     "too much after a peak": ((GOOD, scores_of((1e-9, 0.8), (0.3, 0.8), (1e-4, 0.8)), False, 0.0),
                               ["(it was 0.3 at epoch 1); train fewer"]),
+    "too much, whatever the truth ratios": ((GOOD, scores_of((1e-9, 0.8), (0.3, 0.8), (1e-4, 0.8)), True, 0.0), ["over-"]),
     "back and forth": ((GOOD, scores_of(*[(0.4, u) for u in (0.8, 0.6, 0.8, 0.6, 0.8)]), False, 0.0), ["oscillation: "]),
     "no language": ((GOOD, scores_of((1e-9, 0.8), (0.4, 0.79)), False, 0.51), ["degenerate text: 51% "]),
     "a broken model": ((GOOD, scores_of((1e-9, 0.8), (1e-4, 0.1)), True, 0.0), ["utility collapsed"]),
