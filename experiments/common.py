@@ -7,6 +7,7 @@ that was stopped goes on where it was, and one that another experiment has run i
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -22,13 +23,15 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
+sys.path.append(str(ROOT / "bench"))  # last: its eval.py is another
 
 import torch  # noqa: E402
+from machine import pick_dtype  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import eval as evaluation  # noqa: E402
@@ -94,6 +97,8 @@ class Scale:
     flags: Callable[[str, int], list[str]]  # (forget set, seed) -> what every run has
     prepare: Callable[[str, int], int]  # makes and evaluates target and retrained model, once; returns an exit status
     small: bool = False  # the least that runs all code; its numbers mean nothing
+    methods: dict[str, Method] = field(default_factory=lambda: METHODS)
+    remark: str = ""
 
 
 TOY_ROWS = "toy_retain_perturbed[:60]"  # half of them, for time
@@ -140,17 +145,20 @@ def variable(name: str, what: str) -> Path:
 def smollm2_data(forget: str) -> str:
     """The retain set: 120 questions of it on a CPU, all on a GPU."""
     retain = complement(f"tofu_{forget}")
-    return retain if torch.cuda.is_available() else f"{retain}[:120]"
+    return retain if GPU else f"{retain}[:120]"
+
+
+@functools.cache
+def smollm2_dtype() -> str:
+    return pick_dtype("auto", "cuda" if GPU else "cpu")[0]
 
 
 def smollm2_flags(forget: str, seed: int) -> list[str]:
     flags = f"--model {smollm2_folder(f'{forget}-target')} --retain-model {smollm2_folder(f'{forget}-retrained')}"
-    flags += f" --forget tofu_{forget} --retain {smollm2_data(forget)} --seed {seed} --preset smollm2 --compile"
-    if torch.cuda.is_available():
-        flags += " --epochs 10"
-    else:
-        flags += " --batch-size 8 --epochs 5 --eval-retain tofu_retain_perturbed[:40] --max-new-tokens 32"
-    return [*flags.split(), "--data-dir", str(SMOLLM2_DATA)]
+    flags += f" --forget tofu_{forget} --retain {smollm2_data(forget)} --data-dir {SMOLLM2_DATA} --seed {seed}"
+    flags += f" --preset smollm2 --dtype {smollm2_dtype()}"
+    flags += " --epochs 10" if GPU else " --batch-size 8 --eval-retain tofu_retain_perturbed[:20] --max-new-tokens 32"
+    return flags.split()
 
 
 def prepare_smollm2(forget: str, seed: int) -> int:
@@ -162,7 +170,7 @@ def prepare_smollm2(forget: str, seed: int) -> int:
         out = smollm2_folder(f"{forget}-{name}")
         if not (out / "summary.json").exists():
             flags = ["--model", str(base), "--finetune", rows, "--data-dir", str(SMOLLM2_DATA), "--out", str(out)]
-            flags += "--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 --compile".split()
+            flags += f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 --dtype {smollm2_dtype()}".split()
             if status := train.main(["--resume", "--out", str(out)] if out.exists() else flags):
                 return status
     return 0
@@ -177,12 +185,16 @@ def nothing(forget: str, seed: int) -> int:
 
 
 SEEDS = (0, 1, 2, 3, 4)
-SMOLLM2_FORGETS = ("forget10",) if torch.cuda.is_available() else ("forget01",)
+GPU = torch.cuda.is_available()
+SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], rates=(1e-4, 2e-4, 4e-4)) if GPU else dict(
+    forgets=("forget01",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(2e-4, 4e-4),
+    methods={name: METHODS[name] for name in ("GradDiff", "NPO+GD", "DiPO")},
+    remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 20 retain questions, one seed.",
+)  # fmt: skip
 SCALES = {
     "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True),
     "toy": Scale("toy", FORGETS, SEEDS, SEEDS[:2], (1e-4, 2e-4, 4e-4, 8e-4), toy_flags, prepare_toy),
-    # The slice that two CPU cores can do is forget01, 40 questions, with 120 of the retain set.
-    "smollm2": Scale("smollm2", SMOLLM2_FORGETS, SEEDS[:3], SEEDS[:1], (1e-4, 2e-4, 4e-4), smollm2_flags, prepare_smollm2),
+    "smollm2": Scale("smollm2", flags=smollm2_flags, prepare=prepare_smollm2, **SMOLLM2),
     "llama2-7b": Scale("llama2-7b", FORGETS, SEEDS[:3], SEEDS[:1], (5e-6, 1e-5, 2e-5), llama_flags, nothing),
 }
 
@@ -395,7 +407,7 @@ def budget(scale: Scale, methods: dict[str, Method]) -> str:
         f"Search: {2 * len(scale.rates)} settings a method, on {scale.forgets[-1]}, seeds {spell(scale.tuning_seeds)}. "
         f"Learning rates {rates} (a method without a coefficient: twice as many), times {'; '.join(lines)}. Chosen is the "
         f"setting with the highest mean forget quality among those that keep {KEEP:.0%} of the target's utility, or if none "
-        f"does, the one that keeps most."
+        f"does, the one that keeps most. {scale.remark}".rstrip()
     )
 
 

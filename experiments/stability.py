@@ -9,7 +9,7 @@ path beyond its net change, per epoch; of forget quality on the scale of its log
 import math
 import sys
 
-from common import FLOOR, KEEP, METHODS, Lab, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
+from common import FLOOR, KEEP, Lab, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
 
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's first row; the others with one
 
@@ -17,12 +17,12 @@ SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's 
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
-    methods = {name: METHODS[name] for name in (SHOWN if scale.small else METHODS)}
+    methods = {name: scale.methods[name] for name in (SHOWN if scale.small else scale.methods)}
     chosen = tune(lab, methods)
     epochs = 2 if scale.small else 50 if scale.name == "toy" else 20
     more = f"--epochs {epochs} --eval-every 1"
     seeds = {name: scale.seeds[:3] if name in SHOWN else scale.seeds[:1] for name in methods}
-    jobs = [job(scale, forget, seed, METHODS[name], chosen[name], more) for name in methods for seed in seeds[name]]
+    jobs = [job(scale, forget, seed, methods[name], chosen[name], more) for name in methods for seed in seeds[name]]
     found = iter(lab.run(jobs))
     records = {name: [next(found) for _ in seeds[name]] for name in methods}
     rows = []

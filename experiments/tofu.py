@@ -6,7 +6,6 @@ python experiments/tofu.py --scale toy
 import sys
 
 from common import (
-    METHODS,
     Lab,
     budget,
     describe,
@@ -26,19 +25,19 @@ from common import (
 
 def experiment(lab: Lab) -> None:
     scale = lab.scale
-    print(budget(scale, METHODS), flush=True)
-    chosen = tune(lab, METHODS)
+    print(budget(scale, scale.methods), flush=True)
+    chosen = tune(lab, scale.methods)
     jobs = {
-        (forget, name): [job(scale, forget, seed, METHODS[name], chosen[name]) for seed in scale.seeds]
+        (forget, name): [job(scale, forget, seed, scale.methods[name], chosen[name]) for seed in scale.seeds]
         for forget in scale.forgets
-        for name in METHODS
+        for name in scale.methods
     }
     found = iter(lab.run([j for group in jobs.values() for j in group], "all seeds"))
     records = {key: [next(found) for _ in group] for key, group in jobs.items()}
     text, (figure, axes) = "", subplots(1, len(scale.forgets), size=(5, 4.5))
     for forget, axis in zip(scale.forgets, axes[0], strict=True):
         bounds = [r for r in records[forget, "DiPO"] if "error" not in r]
-        outcomes = {name: [outcome(r) for r in records[forget, name]] for name in METHODS}
+        outcomes = {name: [outcome(r) for r in records[forget, name]] for name in scale.methods}
         rows = []
         for label, name in (("original", "target"), ("retrained", "retrained")):
             quality = [r[name]["forget_quality"] for r in bounds]
@@ -59,7 +58,7 @@ def experiment(lab: Lab) -> None:
         text += f"### {forget}\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
         scatter(axis, outcomes, f"{scale.name}, {forget}")
     axes[0][-1].legend(fontsize=8)
-    text += f"{note(scale.seeds)} {budget(scale, METHODS)}"
+    text += f"{note(scale.seeds)} {budget(scale, scale.methods)}"
     lab.write(text, figure)
 
 
