@@ -817,7 +817,7 @@ def write_json(path: Path, value: dict, indent: int = 1) -> None:
     """Write or replace a JSON file; it is there whole or not at all. Raises EvalError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two runs may write what one evaluation found
         part.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as e:

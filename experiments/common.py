@@ -245,7 +245,7 @@ def call(function, *arguments, quiet: bool) -> str:
         raise KeyboardInterrupt
     if not status:
         return ""
-    message = errors.getvalue().strip().splitlines()[-1]
+    message = errors.getvalue().strip().splitlines()[-1].removeprefix("error: ")
     if re.search(r"(loss|grad_norm) is (nan|-?inf)|roles swap|overflow", message):
         return message
     raise RuntimeError(message)
@@ -452,14 +452,18 @@ def subplots(*shape: int, size: tuple[float, float] = (4.5, 4.0)):
 FLOOR = 1e-12  # forget qualities below are drawn here
 
 
+def color(name: str, i: int) -> str:
+    return "black" if name == "DiPO" else f"C{i % 10}"
+
+
 def scatter(axis, outcomes: dict[str, list[tuple[float, float]]], title: str) -> None:
     """Forget quality (log axis) against the share of utility kept: small marks for seeds, large ones for their means."""
     for i, (name, points) in enumerate(outcomes.items()):
         quality, share = zip(*points, strict=True)
-        color, marker = "black" if name == "DiPO" else f"C{i % 10}", "osD^vP*X<>"[i % 10]
-        axis.plot(share, [max(q, FLOOR) for q in quality], marker, color=color, markersize=3, alpha=0.5)
+        look = {"marker": "osD^vP*X<>"[i % 10], "color": color(name, i), "linestyle": "none"}
+        axis.plot(share, [max(q, FLOOR) for q in quality], markersize=3, alpha=0.5, **look)
         means = statistics.fmean(share), max(statistics.fmean(quality), FLOOR)
-        axis.plot(*means, marker, color=color, markersize=9, label=name, linestyle="none")
+        axis.plot(*means, markersize=9, label=name, **look)
     axis.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     axis.axvline(KEEP, color="gray", linewidth=0.8, linestyle=":")
     axis.set(yscale="log", xlabel="model utility / target's", ylabel="forget quality", title=title)

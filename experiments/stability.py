@@ -9,7 +9,7 @@ path beyond its net change, per epoch; of forget quality on the scale of its log
 import math
 import sys
 
-from common import FLOOR, KEEP, Lab, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
+from common import FLOOR, KEEP, Lab, color, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
 
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # with several seeds, and in the plot's first row; the others with one
 
@@ -38,10 +38,10 @@ def experiment(lab: Lab) -> None:
             logs = [math.log10(q) for q in quality]
             best = quality.index(max(quality))
             good = sum(q >= 0.05 and s >= KEEP for q, s in zip(quality, utility, strict=True))
-            restless = evaluation.oscillation(logs), evaluation.oscillation(utility)
+            restless = [round(evaluation.oscillation(curve), 6) for curve in (logs, utility)]
             measured.append((quality[best], points[best]["epoch"], quality[-1], utility[-1], good, *restless))
             x = [p["epoch"] for p in points]
-            style = {"color": f"C{i}", "alpha": 0.35 if seed != seeds[name][0] else 1.0, "linewidth": 1.2}
+            style = {"color": color(name, i), "alpha": 0.35 if seed != seeds[name][0] else 1.0, "linewidth": 1.2}
             label = name if seed == seeds[name][0] else None
             column = 0 if name in SHOWN else 1
             axes[0][column].semilogy(x, quality, label=label, **style)

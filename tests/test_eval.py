@@ -216,6 +216,21 @@ def test_the_forget_set_does_not_enter_model_utility_and_utility_needs_the_other
     assert "model_utility" not in eval.aggregate({"forget": rows["forget"]})
 
 
+def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
+    """The other one writes between our writing and our renaming."""
+    path, replace = tmp_path / "x.json", Path.replace
+
+    def interleaved(part, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        eval.write_json(path, {"a": 2})
+        return replace(part, target)
+
+    monkeypatch.setattr(Path, "replace", interleaved)
+    eval.write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(-5, 5), st.floats(0.1, 5))
 def test_oscillation_is_the_way_back_and_forth(values, shift, scale):
     found = eval.oscillation(values)
