@@ -262,13 +262,12 @@ def do(item: Job, quiet: bool) -> dict:
     record = json.loads((out / "summary.json").read_text())
     made = {"commit": json.loads((out / "config.json").read_text())["versions"]["commit"]}
     made["seconds"] = round(time.perf_counter() - began, 1)
-    if log := evaluation.read_jsonl(out / "log.jsonl"):
-        record["log"] = {k: [round(r[k], 4) for r in log] for k in ("nll/forget", "nll/retain", "grad_norm") if k in log[0]}
-        if points := evaluation.read_jsonl(out / "trajectory.jsonl"):
-            record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
+    if "unlearned" in record:
         del record["model"]
     else:  # requests in sequence: the summary of each
         record = {"requests": record}
+    if points := evaluation.read_jsonl(out / "trajectory.jsonl"):
+        record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
     shutil.rmtree(out)
     return record | made
 

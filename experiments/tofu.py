@@ -3,6 +3,7 @@
 python experiments/tofu.py --scale toy
 """
 
+import statistics
 import sys
 
 from common import (
@@ -56,10 +57,23 @@ def experiment(lab: Lab) -> None:
         unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
         head = ["", "forget quality", f"on seeds {unseen}", "utility / target's"]
         text += f"### {forget}\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
+        text += paired("DiPO", "NPO+GD", outcomes)
         scatter(axis, outcomes, f"{scale.name}, {forget}")
     axes[0][-1].legend(fontsize=8)
     text += f"{note(scale.seeds)} {budget(scale, scale.methods)}"
     lab.write(text, figure)
+
+
+def paired(ours: str, theirs: str, outcomes: dict[str, list[tuple[float, float]]]) -> str:
+    """The mean difference between two methods on the same seeds, with its standard error."""
+    if len(outcomes[ours]) == 1:
+        return ""
+    differences = []
+    for values in zip(*(zip(*outcomes[name], strict=True) for name in (ours, theirs)), strict=True):
+        each = [a - b for a, b in zip(*values, strict=True)]
+        differences.append(f"{statistics.fmean(each):+.2f} ± {statistics.stdev(each) / len(each) ** 0.5:.2f}")
+    quality, share = differences
+    return f"{ours} minus {theirs}, by seed (± standard error): forget quality {quality}, utility {share}.\n\n"
 
 
 if __name__ == "__main__":
