@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -120,3 +121,11 @@ def test_the_chosen_setting_forgets_best_among_those_that_keep_the_utility(one, 
         assert share >= 0.9 - 1e-9 and quality >= max(q for q, _ in keeping) - 1e-9
     elif all(s < 0.9 - 1e-9 for _, s in means):
         assert share >= max(s for _, s in means) - 1e-9
+
+
+def test_the_readmes_tables_are_those_of_the_results():
+    for readme, tables in ((FOLDER / "README.md", 7), (FOLDER.parent / "README.md", 0)):
+        found = re.findall(r"<!-- (\S+\.md) -->\n(.*?)<!-- end -->", readme.read_text(encoding="utf-8"), re.DOTALL)
+        assert len(found) >= tables
+        for path, table in found:
+            assert (readme.parent / path).read_text(encoding="utf-8") == table
