@@ -56,7 +56,7 @@ def experiment(lab: Lab) -> None:
             ])  # fmt: skip
         unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
         head = ["", "forget quality", f"on seeds {unseen}", "utility / target's"]
-        text += f"### {forget}\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
+        text += f"**{forget}**\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
         text += paired("DiPO", "NPO+GD", outcomes)
         scatter(axis, outcomes, f"{scale.name}, {forget}")
     axes[0][-1].legend(fontsize=8)
