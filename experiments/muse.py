@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 import sys
 
-from common import KEEP, METHODS, Lab, evaluation, job, main, markdown, note, share, spell, spread, subplots, train
+from common import KEEP, METHODS, Lab, color, evaluation, job, main, markdown, note, share, spell, spread, subplots, train
 
 from data import write_toy_muse
 
@@ -115,11 +115,11 @@ def experiment(lab: Lab) -> None:
     figure, axes = subplots(2, 4, size=(3.4, 3.0))
     for row, way in enumerate(("growing", "in sequence")):
         for axis, (label, key) in zip(axes[row], SCORES.items(), strict=True):
-            for m in shown:
+            for i, m in enumerate(shown):
                 points = [(k, curves[m, way, k]) for k in range(1, 5) if curves.get((m, way, k))]
                 factor = 1 if label == "PrivLeak" else 100
                 axis.plot([k for k, _ in points], [factor * statistics.fmean(s[key] for s in runs) for _, runs in points],
-                          "o-", label=m)  # fmt: skip
+                          "o-", label=m, color=color(m, i))  # fmt: skip
             if "retrained" in bounds[0]:
                 level = statistics.fmean(b["retrained"][key] for b in bounds) * (1 if label == "PrivLeak" else 100)
                 axis.axhline(level, color="black", linewidth=0.8, linestyle="--", label="retrained")
