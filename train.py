@@ -357,9 +357,8 @@ def draw_parts(config: Config, data: dict[str, list], first: int, count: int) ->
     if config.finetune:
         return {"finetune": ("gd", 1.0, drawn("finetune"))}
     if config.forget_loss == "dpo":
-        pairs = drawn("forget", list(zip(data["forget"], data["refusals"], strict=True)))
-        which = drawn("refusals", range(len(data["refusals"][0])))
-        examples = [e for (answer, refusals), i in zip(pairs, which, strict=True) for e in (answer, refusals[i])]
+        rows, which = drawn("forget", range(len(data["forget"]))), drawn("refusals", range(len(data["refusals"][0])))
+        examples = [e for row, i in zip(rows, which, strict=True) for e in (data["forget"][row], data["refusals"][row][i])]
     else:
         examples = drawn("forget")
     parts = {"forget": (config.forget_loss, 1.0, examples)}
@@ -849,16 +848,17 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
     quality = points[-1]["forget_quality"] if points else None
     if quality is not None and quality < QUALITY:
         peak = max(points[1:], key=lambda p: p["forget_quality"])
-        if remembers and not found and peak["forget_quality"] < QUALITY:  # of a broken model truth ratios say nothing
+        peaked = peak["forget_quality"] >= QUALITY
+        if remembers and not peaked and not found:  # of a broken model truth ratios say nothing
             found.append(
                 f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
                 "model; raise --lr or --epochs"
             )
-        elif not remembers or peak["forget_quality"] >= QUALITY:
-            earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})"
+        elif peaked or not remembers:
+            earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})" if peaked else ""
             found.append(
-                f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model"
-                f"{earlier if peak['forget_quality'] >= QUALITY else ''}; train fewer --epochs or lower --lr"
+                f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model{earlier}; train fewer --epochs "
+                "or lower --lr"
             )
     elif quality is None and end["nll/forget"] < start["nll/forget"] + 0.5:
         found.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")

@@ -5,7 +5,7 @@ python experiments/beta.py --scale toy
 
 import sys
 
-from common import METHODS, Lab, job, main, markdown, note, outcome, scatter, spread, subplots
+from common import METHODS, Lab, job, main, markdown, note, outcome, scatter, spreads, subplots
 
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -21,10 +21,7 @@ def experiment(lab: Lab) -> None:
     }
     found = iter(lab.run([j for seeds in jobs.values() for j in seeds]))
     outcomes = {key: [outcome(next(found)) for _ in seeds] for key, seeds in jobs.items()}
-    rows = [
-        [f"{beta:g}", *(" / ".join(spread(list(v)) for v in zip(*outcomes[beta, rate], strict=True)) for rate in rates)]
-        for beta in BETAS
-    ]
+    rows = [[f"{beta:g}", *(spreads(outcomes[beta, rate]) for rate in rates)] for beta in BETAS]
     text = f"{scale.name}, {forget}: forget quality / model utility over the target's. {note(scale.tuning_seeds)}\n\n"
     text += markdown(["beta", *(f"rate {rate:g}" for rate in rates)], rows)
     figure, axes = subplots(1, 1, size=(5.5, 4.5))

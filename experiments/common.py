@@ -429,6 +429,11 @@ def spread(values: list[float], digits: int = 2) -> str:
     return mean if len(values) == 1 or "e" in mean else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def spreads(outcomes: list[tuple[float, float]]) -> str:
+    """Forget quality / share of the utility."""
+    return " / ".join(spread(list(values)) for values in zip(*outcomes, strict=True))
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 

@@ -2,7 +2,7 @@
 
 python experiments/filter.py --scale toy
 
-The rate and lambda are those that `tofu.py` chose for DiPO with the default filter; they are not searched anew.
+The rate and beta are those that `tofu.py` chose for DiPO with the default filter; they are not searched anew.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from common import (
     prepare_toy,
     scatter,
     spell,
-    spread,
+    spreads,
     subplots,
     toy_flags,
     tune,
@@ -67,7 +67,7 @@ def experiment(lab: Lab) -> None:
 
     def cell(choice, **changed):
         points = outcomes.get(tuple((choice | changed).values()))
-        return " / ".join(spread(list(v)) for v in zip(*points, strict=True)) if points else ""
+        return spreads(points) if points else ""
 
     ps = sorted({c["p"] for c in choices})
     text = f"{scale.name}, {forget}: forget quality / model utility over the target's; {describe(setting)}.\n\n"
@@ -108,7 +108,7 @@ def experiment(lab: Lab) -> None:
                 for rule in rules for p in ps}  # fmt: skip
         points = dict(zip(jobs, map(outcome, lab.run([*jobs.values()], f"vocabulary {size}")), strict=True))
         scatter(axis, {rule: [points[rule, p] for p in ps] for rule in rules}, f"{size:,} tokens, seed {scale.seeds[0]}")
-        rows = [[rule, *(" / ".join(spread([v]) for v in points[rule, p]) for p in ps)] for rule in rules]
+        rows = [[rule, *(spreads([points[rule, p]]) for p in ps)] for rule in rules]
         text += f"\n\nVocabulary of {size:,} tokens, seed {scale.seeds[0]}:\n\n"
         text += markdown(["rule", *(f"p = {p:g}" for p in ps)], rows)
     lab.write(text, figure)
