@@ -786,22 +786,42 @@ def toy_world(seed: int = 0) -> dict[str, list[Row]]:
     }
 
 
-def write_toy_muse(folder: str | Path, seed: int = 0) -> Path:
-    """The toy authors as MUSE-News: `folder`/MUSE-News/<config>/<split>.json, for --data-dir; returns `folder`.
+def write_muse(folder: str | Path, sets: dict[str, list[dict[str, str]]]) -> Path:
+    """Write `folder`/MUSE-News/<config>/<split>.json, for --data-dir, from {'config/split': rows}; returns `folder`."""
+    for name, rows in sets.items():
+        path = Path(folder) / "MUSE-News" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return Path(folder)
 
-    Each author is a document: ten sentences, then the ten questions with their answers. The last 24 authors can be
-    forgotten: scal/forget_k holds the last 6k, sust/forget_k the k-th six from the end, raw/forget the last six. retain1 is
-    the first 24, retain2 the 12 after them; the holdout set is authors of another world. VerbMem: sentences to go on with.
+
+def toy_muse(seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """The toy authors as MUSE-News: {'config/split': rows}, for `write_muse`.
+
+    Of each author a document of ten sentences; of each six authors 24 documents of ten of their questions with answers, all
+    drawn four times, so that an answer is not tied to what stands before it. The last 24 authors can be forgotten:
+    scal/forget_k holds the last 6k, sust/forget_k the k-th six from the end, raw/forget the last six. retain1 is the first
+    24, retain2 the 12 after them; the holdout set is authors of another world. VerbMem: sentences to go on with.
     """
     authors, size = toy_world(seed)["full"], len(_FACTS)
+    rng = random.Random(f"toy/{seed}/muse")
 
-    def documents(first, last, rows=authors):
+    def about(first, last, rows=authors):
+        return [" ".join(r.answer for r in rows[i * size : (i + 1) * size]) for i in range(first, last)]
+
+    def asked(first, last):
         texts = []
-        for i in range(first, last):
-            facts = rows[i * size : (i + 1) * size]
-            asked = "".join(f"\n\nQuestion: {r.question}\nAnswer: {r.answer}" for r in facts)
-            texts.append(" ".join(r.answer for r in facts) + asked)
-        return [{"text": text} for text in texts]
+        for _ in range(4):
+            rows = rng.sample(authors[first * size : last * size], (last - first) * size)
+            # Two spaces: MUSE's prompt ends with one, and a byte-level tokenizer begins a word with the other.
+            pairs = [f"Question: {r.question}\nAnswer:  {r.answer}" for r in rows]
+            texts += ["\n\n".join(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+        return texts
+
+    six = [about(i, i + 6) + asked(i, i + 6) for i in range(0, TOY_AUTHORS, 6)]
+
+    def documents(first, last):
+        return [{"text": text} for texts in six[first // 6 : last // 6] for text in texts]
 
     def questions(first, last):
         return [{"question": r.question, "answer": r.answer} for r in authors[first * size : last * size]]
@@ -810,21 +830,22 @@ def write_toy_muse(folder: str | Path, seed: int = 0) -> Path:
         halves = [[r.answer for r in authors[i * size : (i + 1) * size]] for i in range(first, last)]
         return [{"prompt": " ".join(x[: size // 2]), "gt": " ".join(x[size // 2 :])} for x in halves]
 
-    holdout = documents(0, 6, toy_world(seed + 1000)["full"])
+    def members(texts):
+        return [{"text": text} for text in texts]
+
+    holdout = members(about(0, 6, toy_world(seed + 1000)["full"]))
     sets = {"raw/forget": documents(54, 60), "raw/retain1": documents(0, 24), "raw/retain2": documents(24, 36)}
     sets |= {"raw/holdout": holdout, "privleak/holdout": holdout}
     sets |= {f"scal/forget_{k}": documents(60 - 6 * k, 60) for k in range(1, 5)}
     sets |= {f"sust/forget_{k}": documents(60 - 6 * k, 66 - 6 * k) for k in range(1, 5)}
     sets |= {"train/forget": documents(36, 60), "train/retain1": documents(0, 24), "train/retain2": documents(24, 36)}
-    sets |= {"privleak/forget": documents(54, 60), "privleak/retain": documents(24, 30), "verbmem/forget": sentences(54, 60)}
+    sets |= {"privleak/forget": members(about(54, 60)), "privleak/retain": members(about(24, 30))}
+    sets |= {"verbmem/forget": sentences(54, 60)}
     sets |= {"knowmem/forget_qa": questions(54, 60), "knowmem/retain_qa": questions(24, 30)}
     # From authors that neither is asked about; three pairs, so that a prompt fits into the toy's 256 positions.
-    sets |= {f"knowmem/{split}_qa_icl": questions(34, 35)[:3] for split in ("forget", "retain")}
-    for name, rows in sets.items():
-        path = Path(folder) / "MUSE-News" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    return Path(folder)
+    pairs = [q | {"answer": f" {q['answer']}"} for q in questions(34, 35)[:3]]
+    sets |= {f"knowmem/{split}_qa_icl": pairs for split in ("forget", "retain")}
+    return sets
 
 
 def train_toy_tokenizer(seed: int, folder: str | Path, vocab_size: int = 1000) -> Path:

@@ -1217,7 +1217,8 @@ class Tofu:
 
     def data(self) -> dict[str, dict]:
         """What a run records of the data."""
-        return {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in self.sets.items()}
+        sets = apply_row_limit(self.sets, self.protocol)
+        return {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in sets.items()}
 
     def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict:
         """The log of `evaluate_and_save`."""

@@ -135,7 +135,7 @@ class Config:
     eval: bool = option(True, "evaluate target and unlearned model")
     eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")
     eval_retain: str | None = option(None, "rows that stand for the retain set in evaluation", type=str)
-    eval_rows: int = option(0, "only the first so many rows of each MUSE evaluation set; 0 = all")
+    eval_rows: int = option(0, "only the first so many rows of each evaluation set; 0 = all")
     retain_logs: str | None = option(None, "evaluation log of the retrained model, for forget quality", type=str)
     retain_model: str | None = option(None, "the retrained model itself, for forget quality and its column", type=str)
     max_new_tokens: int = option(200, "length of generations in evaluation, tokens")
@@ -701,7 +701,8 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         if is_muse(config.forget):
             benchmark = evaluation.Muse(config.forget, config.data_dir, config.eval_rows or None)
         else:
-            options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens
+            protocol = dataclasses.replace(evaluation.OPEN_UNLEARNING, rows=config.eval_rows or None)
+            options = config.eval_retain, config.data_dir, config.seed, config.max_new_tokens, protocol
             benchmark = evaluation.Tofu(config.forget, *options)
         if config.retain_logs:
             benchmark.reference(config.model, config.retain_logs, None)  # a broken one is told before hours of training

@@ -132,9 +132,6 @@ def smollm2_folder(name: str) -> Path:
     return train.RUNS / "experiments" / f"smollm2-{name}"
 
 
-SMOLLM2_DATA = train.RUNS / "experiments" / "data"  # a link to the folder that DIPO_DATA names
-
-
 def variable(name: str, what: str) -> Path:
     """The folder that an environment variable names."""
     if not os.environ.get(name):
@@ -142,35 +139,43 @@ def variable(name: str, what: str) -> Path:
     return Path(os.environ[name]).resolve()
 
 
-def smollm2_data(forget: str) -> str:
+def smollm2_data_dir() -> Path:
+    """A link to the folder that DIPO_DATA names, so that command lines hold no path of this machine."""
+    link = train.RUNS / "experiments" / "data"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(variable("DIPO_DATA", "TOFU/forget10.json and the other data sets"))
+    return link
+
+
+def smollm2_retain(forget: str) -> str:
     """The retain set: 120 questions of it on a CPU, all on a GPU."""
     retain = complement(f"tofu_{forget}")
     return retain if GPU else f"{retain}[:120]"
 
 
 @functools.cache
-def smollm2_dtype() -> str:
-    return pick_dtype("auto", "cuda" if GPU else "cpu")[0]
+def smollm2_device_flags() -> str:
+    """bfloat16 where it is fast; compiled where a compiler is at hand."""
+    compiles = GPU or shutil.which("g++")
+    return f"--dtype {pick_dtype('auto', 'cuda' if GPU else 'cpu')[0]}{' --compile' if compiles else ''}"
 
 
 def smollm2_flags(forget: str, seed: int) -> list[str]:
     flags = f"--model {smollm2_folder(f'{forget}-target')} --retain-model {smollm2_folder(f'{forget}-retrained')}"
-    flags += f" --forget tofu_{forget} --retain {smollm2_data(forget)} --data-dir {SMOLLM2_DATA} --seed {seed}"
-    flags += f" --preset smollm2 --dtype {smollm2_dtype()}"
-    flags += " --epochs 10" if GPU else " --batch-size 8 --eval-retain tofu_retain_perturbed[:20] --max-new-tokens 32"
+    flags += f" --forget tofu_{forget} --retain {smollm2_retain(forget)} --data-dir {train.RUNS / 'experiments' / 'data'}"
+    flags += f" --seed {seed} --preset smollm2 {smollm2_device_flags()}"
+    flags += " --epochs 10" if GPU else " --batch-size 8 --eval-rows 40 --max-new-tokens 32"
     return flags.split()
 
 
 def prepare_smollm2(forget: str, seed: int) -> int:
-    base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
-    SMOLLM2_DATA.parent.mkdir(parents=True, exist_ok=True)
-    SMOLLM2_DATA.unlink(missing_ok=True)
-    SMOLLM2_DATA.symlink_to(variable("DIPO_DATA", "TOFU/forget10.json and the other data sets"))
-    for name, rows in (("target", f"{smollm2_data(forget)}+tofu_{forget}"), ("retrained", smollm2_data(forget))):
+    base, data = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct"), smollm2_data_dir()
+    for name, rows in (("target", f"{smollm2_retain(forget)}+tofu_{forget}"), ("retrained", smollm2_retain(forget))):
         out = smollm2_folder(f"{forget}-{name}")
         if not (out / "summary.json").exists():
-            flags = ["--model", str(base), "--finetune", rows, "--data-dir", str(SMOLLM2_DATA), "--out", str(out)]
-            flags += f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 --dtype {smollm2_dtype()}".split()
+            flags = ["--model", str(base), "--finetune", rows, "--data-dir", str(data), "--out", str(out)]
+            flags += f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 {smollm2_device_flags()}".split()
             if status := train.main(["--resume", "--out", str(out)] if out.exists() else flags):
                 return status
     return 0
@@ -189,7 +194,7 @@ GPU = torch.cuda.is_available()
 SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], rates=(1e-4, 2e-4, 4e-4)) if GPU else dict(
     forgets=("forget01",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(2e-4, 4e-4),
     methods={name: METHODS[name] for name in ("GradDiff", "NPO+GD", "DiPO")},
-    remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 20 retain questions, one seed.",
+    remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 40 questions a set, one seed.",
 )  # fmt: skip
 SCALES = {
     "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True),

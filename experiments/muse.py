@@ -2,68 +2,141 @@
 
 python experiments/muse.py --scale toy
 
-At toy scale the corpus is the toy authors in MUSE's layout (`data.write_toy_muse`). The learning rate is searched on the
-first growing set, the same values for both methods: of those that keep 90 % of the target's utility the one with PrivLeak
-nearest to zero; if none does, the one that keeps most.
+The learning rate is searched on the first growing set, the same values for both methods: of those that keep 90 % of the
+target's utility the one with PrivLeak nearest to zero; if none does, the one that keeps most.
+
+At toy scale the corpus is the toy authors in MUSE's layout (`data.toy_muse`), at smollm2 scale a slice of the real
+texts (`muse_slice`).
 """
 
 import dataclasses
 import statistics
 import sys
+from pathlib import Path
 
-from common import KEEP, METHODS, Lab, color, evaluation, job, main, markdown, note, share, spell, spread, subplots, train
+from common import (
+    KEEP,
+    METHODS,
+    Lab,
+    color,
+    evaluation,
+    job,
+    main,
+    markdown,
+    note,
+    share,
+    smollm2_data_dir,
+    smollm2_device_flags,
+    smollm2_folder,
+    spell,
+    spread,
+    subplots,
+    train,
+    variable,
+)
 
-from data import write_toy_muse
+from data import fingerprint, load_muse, toy_muse, write_muse
 
 SHOWN = ("DiPO", "NPO+GD")
 SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", "PrivLeak": "privleak",
           "utility": "retain_knowmem_ROUGE"}  # fmt: skip
-RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
+RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "smollm2": (2e-4, 4e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
 EVERYTHING = "muse_news/train/forget+muse_news/train/retain1+muse_news/train/retain2"
 
 
-def toy_home(seed: int):
-    """The folder of the toy corpus and its models."""
-    return train.toy_base(train.make_config({"seed": seed})).parent / "muse"
-
-
-def prepare(request: str, seed: int, epochs: float = 40.0) -> int:
-    """The toy corpus, a target that has read all of it, and a model retrained without what can be forgotten."""
-    home = toy_home(seed)
+def models(home: Path, base: Path, seed: int, flags: str) -> int:
+    """In `home`, beside its corpus: a target that has read all of it, and one retrained without what can be forgotten."""
     for name, texts in (("target", EVERYTHING), ("retrained", EVERYTHING.split("+", 1)[1])):
         out = home / name
         if not (out / "summary.json").exists():
-            write_toy_muse(home, seed)
-            flags = f"--model {home.parent / 'base'} --finetune {texts} --data-dir {home} --seed {seed} --max-length 128"
-            flags += f" --preset muse --epochs {epochs:g} --lr 2e-3 --batch-size 16 --micro-batch-size 16 --warmup-epochs 2"
-            argv = [*flags.split(), "--schedule", "linear", "--out", str(out)]
+            argv = ["--model", str(base), "--finetune", texts, "--data-dir", str(home), "--out", str(out)]
+            argv += f"--seed {seed} --max-length 128 --preset muse --schedule linear {flags}".split()
             if status := train.main(["--resume", "--out", str(out)] if out.exists() else argv):
                 return status
-    if epochs < 1:  # the smoke scale, whose runs evaluate otherwise
-        return 0
-    models = f"--model {home / 'target'} --retain-model {home / 'retrained'}"
-    return evaluation.main(f"{models} --forget muse_news --data-dir {home}".split())
+    return 0
 
 
-def prepare_smoke(request: str, seed: int) -> int:
-    return prepare(request, seed, 0.2)
+def run_flags(home: Path, request: str, seed: int) -> list[str]:
+    flags = f"--forget muse_news --model {home / 'target'} --retain-model {home / 'retrained'} --data-dir {home}"
+    return f"{flags} --seed {seed} --max-length 128 --micro-batch-size 16 {request}".split()
+
+
+def toy_home(seed: int) -> Path:
+    """Named by what the corpus holds."""
+    name = f"muse-{fingerprint([*toy_muse(seed).items()])[:8]}"
+    return train.toy_base(train.make_config({"seed": seed})).parent / name
+
+
+def prepare_toy(request: str, seed: int, epochs: float = 15.0) -> int:
+    home = write_muse(toy_home(seed), toy_muse(seed))
+    flags = f"--epochs {epochs:g} --lr 2e-3 --batch-size 16 --micro-batch-size 16 --warmup-epochs 2"
+    if (status := models(home, home.parent / "base", seed, flags)) or epochs < 1:  # smoke: its runs evaluate otherwise
+        return status
+    pair = f"--model {home / 'target'} --retain-model {home / 'retrained'}"
+    return evaluation.main(f"{pair} --forget muse_news --data-dir {home}".split())
 
 
 def toy_flags(request: str, seed: int) -> list[str]:
-    home = toy_home(seed)
-    flags = f"--forget muse_news --model {home / 'target'} --retain-model {home / 'retrained'} --data-dir {home}"
-    return f"{flags} --seed {seed} --max-length 128 --batch-size 8 --micro-batch-size 16 {request}".split()
+    return [*run_flags(toy_home(seed), request, seed), "--batch-size", "8", "--epochs", "5"]
+
+
+def prepare_smoke(request: str, seed: int) -> int:
+    return prepare_toy(request, seed, 0.2)
 
 
 def smoke_flags(request: str, seed: int) -> list[str]:
-    return [*toy_flags(request, seed), "--epochs", "0.5", "--eval-rows", "2"]
+    return [*toy_flags(request, seed), "--epochs", "0.2", "--eval-rows", "2"]
+
+
+def muse_slice(source: Path) -> dict[str, list[dict[str, str]]]:
+    """A slice of MUSE-News that two cores can do, {'config/split': rows}, of what is at hand in `source`.
+
+    Documents of the forget set are 16 VerbMem passages, their prompts cut to the last 1,200 characters: raw/forget holds the
+    first four, scal/forget_k the first 4k, sust/forget_k the k-th four. retain1 and retain2 are eight and four texts of
+    privleak/retain. The members of PrivLeak are pieces of raw/forget. Questions are the first 20 of each set, behind
+    four examples, as they are: few of them are about these passages.
+    """
+
+    def rows(config, split, count):
+        return load_muse("news", config, split, source)[:count]
+
+    def documents(texts):
+        return [{"text": text} for text in texts]
+
+    def pieces(texts, length=400):
+        return documents(text[i : i + length] for text in texts for i in range(0, len(text) - length + 1, length))
+
+    verbmem = [{"prompt": row["prompt"][-1200:].split(" ", 1)[1], "gt": row["gt"]} for row in rows("verbmem", "forget", 16)]
+    forget = [f"{row['prompt']} {row['gt']}" for row in verbmem]
+    retain = [row["text"][:1600] for row in rows("privleak", "retain", 12)]
+    holdout = [row["text"][:1600] for row in rows("privleak", "holdout", 4)]
+    sets = {"raw/forget": documents(forget[:4]), "raw/retain1": documents(retain[:8]), "raw/retain2": documents(retain[8:])}
+    sets |= {f"scal/forget_{k}": documents(forget[: 4 * k]) for k in range(1, 5)}
+    sets |= {f"sust/forget_{k}": documents(forget[4 * k - 4 : 4 * k]) for k in range(1, 5)}
+    sets |= {"train/forget": documents(forget)} | {f"train/retain{k}": sets[f"raw/retain{k}"] for k in (1, 2)}
+    sets |= {"privleak/forget": pieces(forget[:4]), "privleak/holdout": pieces(holdout), "verbmem/forget": verbmem[:4]}
+    for split in ("forget_qa", "retain_qa"):
+        sets |= {f"knowmem/{split}": rows("knowmem", split, 20), f"knowmem/{split}_icl": rows("knowmem", f"{split}_icl", 4)}
+    return sets
+
+
+def prepare_smollm2(request: str, seed: int) -> int:
+    base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
+    home = write_muse(smollm2_folder("muse"), muse_slice(smollm2_data_dir()))
+    return models(home, base, seed, f"--epochs 8 --lr 5e-4 --batch-size 4 --micro-batch-size 4 {smollm2_device_flags()}")
+
+
+def smollm2_flags(request: str, seed: int) -> list[str]:
+    more = f"--batch-size 4 --epochs 4 {smollm2_device_flags()}"
+    return [*run_flags(smollm2_folder("muse"), request, seed), *more.split()]
 
 
 def llama_flags(request: str, seed: int) -> list[str]:
     return f"--forget muse_news --model muse-news --seed {seed} --gradient-checkpointing {request}".split()
 
 
-FLAGS = {"smoke": smoke_flags, "toy": toy_flags, "llama2-7b": llama_flags}
+FLAGS = {"smoke": smoke_flags, "toy": toy_flags, "smollm2": smollm2_flags, "llama2-7b": llama_flags}
+PREPARE = {"smoke": prepare_smoke, "toy": prepare_toy, "smollm2": prepare_smollm2}
 
 
 def kept_utility(record: dict) -> float:
@@ -73,9 +146,8 @@ def kept_utility(record: dict) -> float:
 def experiment(lab: Lab) -> None:
     name = lab.scale.name
     seeds, shown = lab.scale.seeds[:3], SHOWN[: 1 if lab.scale.small else 2]
-    lab.scale = scale = dataclasses.replace(
-        lab.scale, flags=FLAGS[name], prepare={"smoke": prepare_smoke, "toy": prepare}.get(name, lab.scale.prepare)
-    )
+    prepare = PREPARE.get(name, lab.scale.prepare)
+    lab.scale = scale = dataclasses.replace(lab.scale, flags=FLAGS[name], prepare=prepare)
     growing = [f"--scal {k}" for k in range(1, 2 if scale.small else 5)]
     chosen = {}
     tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in shown for lr in RATES[name]}

@@ -914,7 +914,7 @@ def test_tofu_labels_decode_to_the_answers(tofu, by_kind):
 @pytest.mark.parametrize("seed", [0, 7])
 def test_the_toy_authors_as_muse_news(tmp_path, seed):
     """What can be forgotten is in the target's texts and no retain set; growing sets contain each other, the others not."""
-    folder = data.write_toy_muse(tmp_path, seed)
+    folder = data.write_muse(tmp_path, data.toy_muse(seed))
 
     def texts(name):
         return set(data.load_texts(f"muse_news/{name}", folder))
@@ -924,14 +924,15 @@ def test_the_toy_authors_as_muse_news(tmp_path, seed):
             if (config, split) not in (("raw", "holdout"), ("privleak", "holdout")):
                 assert data.load_muse("news", config, split, folder)
     whole, retained, never = texts("train/forget"), texts("raw/retain1") | texts("raw/retain2"), texts("privleak/holdout")
-    assert len(whole) == 24 and len(retained) == 36 and not whole & retained and not never & (whole | retained)
+    assert len(whole) == 24 * 5 and len(retained) == 36 * 5 and not whole & retained and not never & (whole | retained)
     growing = [texts(f"scal/forget_{k}") for k in range(1, 5)]
-    assert [len(x) for x in growing] == [6, 12, 18, 24] and all(a < b for a, b in zip(growing, growing[1:], strict=False))
+    assert [len(x) for x in growing] == [30, 60, 90, 120] and all(a < b for a, b in zip(growing, growing[1:], strict=False))
     apart = [texts(f"sust/forget_{k}") for k in range(1, 5)]
-    assert set.union(*apart) == whole and sum(map(len, apart)) == 24
-    assert texts("raw/forget") == growing[0] == apart[0] == texts("privleak/forget")
+    assert set.union(*apart) == whole and sum(map(len, apart)) == 24 * 5
+    assert texts("raw/forget") == growing[0] == apart[0] > texts("privleak/forget")
     asked = {split: data.load_muse("news", "knowmem", f"{split}_qa", folder) for split in ("forget", "retain")}
     for split, source in (("forget", texts("raw/forget")), ("retain", retained)):
-        assert all(any(r["question"] in text and r["answer"] in text for text in source) for r in asked[split])
+        for r in asked[split]:
+            assert sum(f"Question: {r['question']}\nAnswer:  {r['answer']}" in text for text in source) == 4
     for r in data.load_muse("news", "verbmem", "forget", folder):
         assert any(f"{r['prompt']} {r['gt']}" in text for text in texts("raw/forget"))
