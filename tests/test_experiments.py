@@ -1,7 +1,9 @@
 """Every script of experiments/ runs to its end at the smallest scale, and once; what they share chooses rightly."""
 
 import importlib.util
+import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+import data
+import eval as evaluation
 import train
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
@@ -62,13 +66,40 @@ def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, mo
     assert (results / f"{name}.md").read_text() == first and json.loads((results / f"{name}.json").read_text()) == kept
 
 
-def test_a_plan_prints_commands_that_train_py_takes(common, monkeypatch, capsys):
-    assert run("tofu", monkeypatch, "--dry-run", "--results", "nothing") == 0
+@pytest.mark.parametrize("scale", ["smoke", "toy", "smollm2", "llama2-7b"])
+@pytest.mark.parametrize("name", ["tofu", "muse", "failures"])
+def test_a_plan_prints_commands_that_train_py_takes(common, monkeypatch, capsys, name, scale):
+    assert run(name, monkeypatch, "--dry-run", "--results", "nothing", "--scale", scale) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py ")]
-    assert len(lines) == len(common.METHODS)
+    assert len(lines) >= (len(common.SCALES[scale].methods) if name == "tofu" else 1) and len(set(lines)) == len(lines)
     for line in lines:
         given, _ = train.parse_args(line.split()[2:])
         train.make_config(given)
+
+
+def test_the_slice_of_muse_news_holds_together(tmp_path, common):
+    """What can be forgotten is in no retain set and is asked for; growing sets contain each other, requests do not."""
+    if not os.environ.get("DIPO_DATA"):
+        pytest.skip("DIPO_DATA names no folder with MUSE-News")
+    source = Path(os.environ["DIPO_DATA"]) / "MUSE-News"
+    if not source.is_dir():
+        pytest.skip(f"{source}: no such folder")
+    folder = data.write_muse(tmp_path, script("muse").muse_slice(source.parent))
+
+    def texts(name):
+        return set(data.load_texts(f"muse_news/{name}", folder))
+
+    whole, retained = texts("train/forget"), texts("train/retain1") | texts("train/retain2")
+    assert len(whole) == 16 and len(retained) == 12 and not whole & retained
+    growing, apart = ([texts(f"{kind}/forget_{k}") for k in range(1, 5)] for kind in ("scal", "sust"))
+    assert [len(x) for x in growing] == [4, 8, 12, 16] and all(a < b for a, b in itertools.pairwise(growing))
+    assert set.union(*apart) == whole and [len(x) for x in apart] == [4] * 4
+    assert texts("raw/forget") == growing[0] == apart[0]
+    for row in data.load_muse("news", "verbmem", "forget", folder):
+        assert f"{row['prompt']} {row['gt']}" in texts("raw/forget")
+    assert all(any(piece in text for text in texts("raw/forget")) for piece in texts("privleak/forget"))
+    assert not texts("privleak/holdout") & (texts("privleak/forget") | retained)
+    evaluation.Muse("muse_news", folder)  # has all that an evaluation reads
 
 
 def test_every_method_has_the_same_number_of_settings_and_all_differ(common):

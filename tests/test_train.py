@@ -646,6 +646,17 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
     assert json.loads(Path("e.json").read_text())["model"] == summary["unlearned"]
 
 
+def test_only_the_first_rows_of_each_set_are_evaluated(cli, tiny):
+    more = ["--eval-rows", "2", "--max-new-tokens", "3", "--retain-model", tiny]
+    assert cli(*SMALL, *more, "--out", "a", evaluate=True)[0] == 0
+    logs = [*Path("a/eval").glob("*/log.json")]
+    assert len(logs) == 3
+    for log in logs:
+        assert {len(items) for items in json.loads(log.read_text())["rows"].values()} == {2}
+    recorded = json.loads(Path("a/config.json").read_text())["data"]
+    assert {sets["rows"] for sets in recorded["evaluation"].values()} == {2} and recorded["forget"]["rows"] == 10
+
+
 def test_the_last_epoch_is_in_the_trajectory_and_the_plot_is_drawn(cli, tiny, short_options):
     pytest.importorskip("matplotlib")
     more = [*EVAL, "--eval-every", "1.5", "--retain-model", tiny]
