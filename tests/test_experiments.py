@@ -160,3 +160,36 @@ def test_the_readmes_tables_are_those_of_the_results():
         assert len(found) >= tables
         for path, table in found:
             assert (readme.parent / path).read_text(encoding="utf-8") == table
+
+
+@given(st.floats(0, 1), st.floats(0.1, 0.5), st.floats(-1, 1))
+def test_means_agree_within_the_larger_spread(mean, deviation, shift):
+    pair = [f"{mean:.2f} ± {deviation:.2f} / 1.00 ± 0.00", f"{mean + shift:.2f} ± 0.05 / 1.00 ± 0.00"]
+    for ours, theirs in (pair, pair[::-1]):
+        spread, other = script("compare").compare(ours, theirs)
+        assert spread[1] and not other
+        if abs(abs(shift) - float(f"{deviation:.2f}")) > 0.02:  # the table rounds
+            assert spread[0] == (abs(shift) < deviation)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, agree", [("lr 1", "lr 1", 1), ("lr 1", "lr 2", 0), ("0.81", "0.66", 0), ("5e-04", "0.03", 1)]
+)
+def test_what_has_no_spread_is_compared_apart(ours, theirs, agree):
+    assert script("compare").compare(ours, theirs) == ([], [bool(agree)])
+
+
+def test_two_folders_of_results_are_compared_cell_by_cell(tmp_path, capsys):
+    module = script("compare")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a/x.md").write_text(
+        "**one**\n\n| | q |\n| --- | --- |\n| A | 0.80 ± 0.10 |\n\n| | q |\n| --- | --- |\n| A | 0.5 |\n"
+    )
+    text = (tmp_path / "a/x.md").read_text()
+    for now, status in ((text, 0), (text.replace("0.80", "0.75"), 0), (text.replace("0.80", "0.60"), 1), (text[:30], 1)):
+        (tmp_path / "b/x.md").write_text(now)
+        assert module.main(tmp_path / "a", tmp_path / "b") == status
+        assert ("A, q: 0.80 ± 0.10, now" in capsys.readouterr().out) == bool(status)
+    assert module.main(tmp_path / "b", tmp_path) == 2 and "no such file" in capsys.readouterr().err
+    assert module.main(tmp_path / "c", tmp_path) == 2 and "no tables" in capsys.readouterr().err
