@@ -41,6 +41,7 @@ SHOWN = ("DiPO", "NPO+GD")
 SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", "PrivLeak": "privleak",
           "utility": "retain_knowmem_ROUGE"}  # fmt: skip
 RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "smollm2": (2e-4, 4e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
+SIZES = {"smoke": 1, "smollm2": 2}  # how many growing sets, of four
 EVERYTHING = "muse_news/train/forget+muse_news/train/retain1+muse_news/train/retain2"
 
 
@@ -148,7 +149,7 @@ def experiment(lab: Lab) -> None:
     seeds, shown = lab.scale.seeds[:3], SHOWN[: 1 if lab.scale.small else 2]
     prepare = PREPARE.get(name, lab.scale.prepare)
     lab.scale = scale = dataclasses.replace(lab.scale, flags=FLAGS[name], prepare=prepare)
-    growing = [f"--scal {k}" for k in range(1, 2 if scale.small else 5)]
+    growing = [f"--scal {k}" for k in range(1, 1 + SIZES.get(name, 4))]
     chosen = {}
     tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in shown for lr in RATES[name]}
     found = dict(zip(tried, lab.run([*tried.values()], "search"), strict=True))
@@ -184,6 +185,7 @@ def experiment(lab: Lab) -> None:
     text = markdown(["MUSE News", *SCORES], rows) + f"\n\nIn percent. {note(seeds)} Learning rates "
     text += ", ".join(f"{m} {lr:g}" for m, lr in chosen.items())
     text += f" (tried: {spell(RATES[name])}). VerbMem, KnowMem and PrivLeak always on the first forget set."
+    text += " A slice of the texts for a CPU: `muse_slice` in experiments/muse.py." if name == "smollm2" else ""
     figure, axes = subplots(2, 4, size=(3.4, 3.0))
     for row, way in enumerate(("growing", "in sequence")):
         for axis, (label, key) in zip(axes[row], SCORES.items(), strict=True):
