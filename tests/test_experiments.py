@@ -18,6 +18,7 @@ pytest.importorskip("matplotlib")
 import data
 import eval as evaluation
 import train
+from model import Llama, LlamaConfig, save_pretrained
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 
@@ -100,6 +101,35 @@ def test_the_slice_of_muse_news_holds_together(tmp_path, common):
     assert all(any(piece in text for text in texts("raw/forget")) for piece in texts("privleak/forget"))
     assert not texts("privleak/holdout") & (texts("privleak/forget") | retained)
     evaluation.Muse("muse_news", folder)  # has all that an evaluation reads
+
+
+def test_the_scale_of_smollm2_on_a_tiny_model(tmp_path, common, monkeypatch):
+    """Target and retrained model are made once, of the rows that the scale names, and a run's record has no path in it."""
+    if not os.environ.get("DIPO_DATA"):
+        pytest.skip("DIPO_DATA names no folder with TOFU")
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, bos_token_id=0, eos_token_ids=(1,),
+    )  # fmt: skip
+    tokenizer = data.train_toy_tokenizer(0, tmp_path / "tokenizer")
+    save_pretrained(Llama(config).init_weights(0), tmp_path / "base", tokenizer)
+    monkeypatch.setenv("DIPO_SMOLLM2", str(tmp_path / "base"))
+    monkeypatch.setattr(common, "GPU", False)
+    monkeypatch.setattr(common, "smollm2_device_flags", lambda: "--dtype float32")
+    scale = common.SCALES["smollm2"]
+    assert scale.prepare("forget01", 0) == 0
+    rows = [
+        json.loads((common.smollm2_folder(f"forget01-{m}") / "config.json").read_text()) for m in ("target", "retrained")
+    ]
+    assert [r["data"]["finetune"]["rows"] for r in rows] == [160, 120]
+    item = common.job(scale, "forget01", 0, common.METHODS["DiPO"], {"lr": 1e-3})
+    assert str(tmp_path) not in item.line and os.environ["DIPO_DATA"] not in item.line
+    record = common.do(item, quiet=True)
+    assert record["target"].keys() == record["unlearned"].keys() == record["retrained"].keys()
+    assert str(tmp_path) not in json.dumps(record) and record["retrained"]["forget_quality"] == 1
+    monkeypatch.setattr(train, "run", lambda *_, **__: pytest.fail("a model that is there was made again"))
+    assert scale.prepare("forget01", 0) == 0
 
 
 def test_every_method_has_the_same_number_of_settings_and_all_differ(common):
