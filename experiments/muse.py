@@ -68,7 +68,7 @@ def toy_home(seed: int) -> Path:
     return train.toy_base(train.make_config({"seed": seed})).parent / name
 
 
-def prepare_toy(request: str, seed: int, epochs: float = 15.0) -> int:
+def prepare_toy(request: str, seed: int, epochs: float = 12.0) -> int:
     home = write_muse(toy_home(seed), toy_muse(seed))
     flags = f"--epochs {epochs:g} --lr 2e-3 --batch-size 16 --micro-batch-size 16 --warmup-epochs 2"
     if (status := models(home, home.parent / "base", seed, flags)) or epochs < 1:  # smoke: its runs evaluate otherwise
@@ -78,7 +78,7 @@ def prepare_toy(request: str, seed: int, epochs: float = 15.0) -> int:
 
 
 def toy_flags(request: str, seed: int) -> list[str]:
-    return [*run_flags(toy_home(seed), request, seed), "--batch-size", "8", "--epochs", "5"]
+    return [*run_flags(toy_home(seed), request, seed), "--batch-size", "8", "--epochs", "4"]
 
 
 def prepare_smoke(request: str, seed: int) -> int:
