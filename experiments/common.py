@@ -193,7 +193,7 @@ SEEDS = (0, 1, 2, 3, 4)
 GPU = torch.cuda.is_available()
 SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], rates=(1e-4, 2e-4, 4e-4)) if GPU else dict(
     forgets=("forget01",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(2e-4, 4e-4),
-    methods={name: METHODS[name] for name in ("GradDiff", "NPO+GD", "DiPO")},
+    methods={name: METHODS[name] for name in ("NPO+GD", "DiPO")},
     remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 40 questions a set, one seed.",
 )  # fmt: skip
 SCALES = {
