@@ -42,6 +42,7 @@ SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", 
           "utility": "retain_knowmem_ROUGE"}  # fmt: skip
 RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "smollm2": (2e-4, 4e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
 SIZES = {"smoke": 1, "smollm2": 2}  # how many growing sets, of four
+ALONE = ("smollm2",)  # scales without requests in sequence, for time
 EVERYTHING = "muse_news/train/forget+muse_news/train/retain1+muse_news/train/retain2"
 
 
@@ -124,11 +125,11 @@ def muse_slice(source: Path) -> dict[str, list[dict[str, str]]]:
 def prepare_smollm2(request: str, seed: int) -> int:
     base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
     home = write_muse(smollm2_folder("muse"), muse_slice(smollm2_data_dir()))
-    return models(home, base, seed, f"--epochs 8 --lr 5e-4 --batch-size 4 --micro-batch-size 4 {smollm2_device_flags()}")
+    return models(home, base, seed, f"--epochs 6 --lr 5e-4 --batch-size 4 --micro-batch-size 4 {smollm2_device_flags()}")
 
 
 def smollm2_flags(request: str, seed: int) -> list[str]:
-    more = f"--batch-size 4 --epochs 4 {smollm2_device_flags()}"
+    more = f"--batch-size 4 --epochs 4 --eval-rows 16 {smollm2_device_flags()}"
     return [*run_flags(smollm2_folder("muse"), request, seed), *more.split()]
 
 
@@ -150,6 +151,7 @@ def experiment(lab: Lab) -> None:
     prepare = PREPARE.get(name, lab.scale.prepare)
     lab.scale = scale = dataclasses.replace(lab.scale, flags=FLAGS[name], prepare=prepare)
     growing = [f"--scal {k}" for k in range(1, 1 + SIZES.get(name, 4))]
+    sequence = [] if name in ALONE else ["--sust"]
     chosen = {}
     tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in shown for lr in RATES[name]}
     found = dict(zip(tried, lab.run([*tried.values()], "search"), strict=True))
@@ -162,7 +164,7 @@ def experiment(lab: Lab) -> None:
     jobs = {
         (m, request, seed): job(scale, request, seed, METHODS[m], {"lr": chosen[m]})
         for m in shown
-        for request in [*growing, "--sust"]
+        for request in [*growing, *sequence]
         for seed in seeds
     }
     records = dict(zip(jobs, lab.run([*jobs.values()]), strict=True))
@@ -178,7 +180,7 @@ def experiment(lab: Lab) -> None:
             runs = [r["unlearned"] for seed in seeds if "error" not in (r := records[m, request, seed])]
             rows.append([f"{m}, {k} x the forget set", *(cells(runs) if runs else ["broke down", "", "", ""])])
             curves[m, "growing", k] = runs
-        for k in range(1, 5):
+        for k in range(1, 5) if sequence else ():
             runs = [r["requests"][f"request {k}"] for seed in seeds if "error" not in (r := records[m, "--sust", seed])]
             rows.append([f"{m}, after request {k}", *(cells(runs) if runs else ["broke down", "", "", ""])])
             curves[m, "in sequence", k] = runs
@@ -186,8 +188,8 @@ def experiment(lab: Lab) -> None:
     text += ", ".join(f"{m} {lr:g}" for m, lr in chosen.items())
     text += f" (tried: {spell(RATES[name])}). VerbMem, KnowMem and PrivLeak always on the first forget set."
     text += " A slice of the texts for a CPU: `muse_slice` in experiments/muse.py." if name == "smollm2" else ""
-    figure, axes = subplots(2, 4, size=(3.4, 3.0))
-    for row, way in enumerate(("growing", "in sequence")):
+    figure, axes = subplots(1 + len(sequence), 4, size=(3.4, 3.0))
+    for row, way in enumerate(("growing", "in sequence")[: 1 + len(sequence)]):
         for axis, (label, key) in zip(axes[row], SCORES.items(), strict=True):
             for i, m in enumerate(shown):
                 points = [(k, curves[m, way, k]) for k in range(1, 5) if curves.get((m, way, k))]
