@@ -820,8 +820,11 @@ def toy_muse(seed: int = 0) -> dict[str, list[dict[str, str]]]:
 
     six = [about(i, i + 6) + asked(i, i + 6) for i in range(0, TOY_AUTHORS, 6)]
 
+    def as_rows(texts):
+        return [{"text": text} for text in texts]
+
     def documents(first, last):
-        return [{"text": text} for texts in six[first // 6 : last // 6] for text in texts]
+        return as_rows(text for texts in six[first // 6 : last // 6] for text in texts)
 
     def questions(first, last):
         return [{"question": r.question, "answer": r.answer} for r in authors[first * size : last * size]]
@@ -830,16 +833,13 @@ def toy_muse(seed: int = 0) -> dict[str, list[dict[str, str]]]:
         halves = [[r.answer for r in authors[i * size : (i + 1) * size]] for i in range(first, last)]
         return [{"prompt": " ".join(x[: size // 2]), "gt": " ".join(x[size // 2 :])} for x in halves]
 
-    def members(texts):
-        return [{"text": text} for text in texts]
-
-    holdout = members(about(0, 6, toy_world(seed + 1000)["full"]))
+    holdout = as_rows(about(0, 6, toy_world(seed + 1000)["full"]))
     sets = {"raw/forget": documents(54, 60), "raw/retain1": documents(0, 24), "raw/retain2": documents(24, 36)}
     sets |= {"raw/holdout": holdout, "privleak/holdout": holdout}
     sets |= {f"scal/forget_{k}": documents(60 - 6 * k, 60) for k in range(1, 5)}
     sets |= {f"sust/forget_{k}": documents(60 - 6 * k, 66 - 6 * k) for k in range(1, 5)}
     sets |= {"train/forget": documents(36, 60), "train/retain1": documents(0, 24), "train/retain2": documents(24, 36)}
-    sets |= {"privleak/forget": members(about(54, 60)), "privleak/retain": members(about(24, 30))}
+    sets |= {"privleak/forget": as_rows(about(54, 60)), "privleak/retain": as_rows(about(24, 30))}
     sets |= {"verbmem/forget": sentences(54, 60)}
     sets |= {"knowmem/forget_qa": questions(54, 60), "knowmem/retain_qa": questions(24, 30)}
     # From authors that neither is asked about; three pairs, so that a prompt fits into the toy's 256 positions.

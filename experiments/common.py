@@ -139,13 +139,23 @@ def variable(name: str, what: str) -> Path:
     return Path(os.environ[name]).resolve()
 
 
-def smollm2_data_dir() -> Path:
-    """A link to the folder that DIPO_DATA names, so that command lines hold no path of this machine."""
-    link = train.RUNS / "experiments" / "data"
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.unlink(missing_ok=True)
-    link.symlink_to(variable("DIPO_DATA", "TOFU/forget10.json and the other data sets"))
-    return link
+SMOLLM2_DATA = train.RUNS / "experiments" / "data"  # a link, so that command lines hold no path of this machine
+
+
+def link_smollm2_data() -> Path:
+    """Make SMOLLM2_DATA point to the folder that DIPO_DATA names; returns it."""
+    SMOLLM2_DATA.parent.mkdir(parents=True, exist_ok=True)
+    SMOLLM2_DATA.unlink(missing_ok=True)
+    SMOLLM2_DATA.symlink_to(variable("DIPO_DATA", "TOFU/forget10.json and the other data sets"))
+    return SMOLLM2_DATA
+
+
+def finetune_once(out: Path, base: Path, rows: str, data_dir: Path, flags: str) -> int:
+    """A run folder `out` with `base` finetuned on `rows`, made now, gone on with, or there already; an exit status."""
+    if (out / "summary.json").exists():
+        return 0
+    argv = ["--model", str(base), "--finetune", rows, "--data-dir", str(data_dir), "--out", str(out), *flags.split()]
+    return train.main(["--resume", "--out", str(out)] if out.exists() else argv)
 
 
 def smollm2_retain(forget: str) -> str:
@@ -163,21 +173,18 @@ def smollm2_device_flags() -> str:
 
 def smollm2_flags(forget: str, seed: int) -> list[str]:
     flags = f"--model {smollm2_folder(f'{forget}-target')} --retain-model {smollm2_folder(f'{forget}-retrained')}"
-    flags += f" --forget tofu_{forget} --retain {smollm2_retain(forget)} --data-dir {train.RUNS / 'experiments' / 'data'}"
+    flags += f" --forget tofu_{forget} --retain {smollm2_retain(forget)} --data-dir {SMOLLM2_DATA}"
     flags += f" --seed {seed} --preset smollm2 {smollm2_device_flags()}"
     flags += " --epochs 10" if GPU else " --batch-size 8 --eval-rows 40 --max-new-tokens 32"
     return flags.split()
 
 
 def prepare_smollm2(forget: str, seed: int) -> int:
-    base, data = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct"), smollm2_data_dir()
+    base, data = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct"), link_smollm2_data()
+    flags = f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 {smollm2_device_flags()}"
     for name, rows in (("target", f"{smollm2_retain(forget)}+tofu_{forget}"), ("retrained", smollm2_retain(forget))):
-        out = smollm2_folder(f"{forget}-{name}")
-        if not (out / "summary.json").exists():
-            flags = ["--model", str(base), "--finetune", rows, "--data-dir", str(data), "--out", str(out)]
-            flags += f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 {smollm2_device_flags()}".split()
-            if status := train.main(["--resume", "--out", str(out)] if out.exists() else flags):
-                return status
+        if status := finetune_once(smollm2_folder(f"{forget}-{name}"), base, rows, data, flags):
+            return status
     return 0
 
 

@@ -20,12 +20,13 @@ from common import (
     Lab,
     color,
     evaluation,
+    finetune_once,
     job,
+    link_smollm2_data,
     main,
     markdown,
     note,
     share,
-    smollm2_data_dir,
     smollm2_device_flags,
     smollm2_folder,
     spell,
@@ -48,13 +49,10 @@ EVERYTHING = "muse_news/train/forget+muse_news/train/retain1+muse_news/train/ret
 
 def models(home: Path, base: Path, seed: int, flags: str) -> int:
     """In `home`, beside its corpus: a target that has read all of it, and one retrained without what can be forgotten."""
+    flags = f"--seed {seed} --max-length 128 --preset muse --schedule linear {flags}"
     for name, texts in (("target", EVERYTHING), ("retrained", EVERYTHING.split("+", 1)[1])):
-        out = home / name
-        if not (out / "summary.json").exists():
-            argv = ["--model", str(base), "--finetune", texts, "--data-dir", str(home), "--out", str(out)]
-            argv += f"--seed {seed} --max-length 128 --preset muse --schedule linear {flags}".split()
-            if status := train.main(["--resume", "--out", str(out)] if out.exists() else argv):
-                return status
+        if status := finetune_once(home / name, base, texts, home, flags):
+            return status
     return 0
 
 
@@ -124,7 +122,7 @@ def muse_slice(source: Path) -> dict[str, list[dict[str, str]]]:
 
 def prepare_smollm2(request: str, seed: int) -> int:
     base = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct")
-    home = write_muse(smollm2_folder("muse"), muse_slice(smollm2_data_dir()))
+    home = write_muse(smollm2_folder("muse"), muse_slice(link_smollm2_data()))
     return models(home, base, seed, f"--epochs 6 --lr 5e-4 --batch-size 4 --micro-batch-size 4 {smollm2_device_flags()}")
 
 
