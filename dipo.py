@@ -1,7 +1,7 @@
 """Distribution Preference Optimization (DiPO, arXiv 2510.04773): the paper as pure tensor functions.
 
-Read from top to bottom: the sequence KL, the pair of distributions, the reward margin (Eq. 14), the loss; then the
-losses that DiPO is compared with.
+Read from top to bottom: the sequence KL, the pair of distributions, the reward margin (Eq. 14), the loss; then one table of
+this loss and those that it is compared with, and the two forms in which every row of it is computed.
 
 Shapes
     B sequences, T answer positions, V vocabulary.
@@ -9,20 +9,24 @@ Shapes
     targets      [B, T]     int64, the answer tokens
     mask         [B, T]     bool, True where there is an answer token (EOS included), False in padding
     losses       [B]        one number per sequence; the mean over the batch is taken by the caller
+    [...]        any number of answer positions, of whichever sequences
 
 Half precision goes in, float32 is computed with and comes out; float64 stays float64.
 
-Every loss is a function of a sum over a sequence's positions, and each term of the sum needs that position's logits only.
-`dipo_scores`, `token_nll` and `token_kl` are those terms, for logits [..., V]; train.py calls them on chunks of positions.
-
 Notation (the paper's)
+    s_t          state: the prompt x and the answer so far, y_<t
     z, z_ref     logits of the policy and of the frozen reference;  pi_theta = softmax(z),  pi_ref = softmax(z_ref)
+    m            memory vector: the high-confidence logits of z, zero elsewhere
     pi_m, pi_f   memory-enhancing and forgetting-promoting distribution: pi_theta shifted towards, and away from, its own
                  high-confidence tokens
     pi_w, pi_l   preferred and dispreferred: (pi_f, pi_m) on the forget set, (pi_m, pi_f) on the retain set
+    D_SeqKL      `sequence_kl`;  u `reward_margin`, Eq. 14;  L `bradley_terry_loss`;  L_f + lambda L_r `Objective`
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +88,7 @@ def memory_vector(logits: Tensor, p: float = 0.05, filter: str = "both", center:
     kept, so the result does not depend on the order of the vocabulary.
 
     filter: 'both' thresholds passed, 'either', or only 'rank' / 'relative'. The paper names both thresholds without
-        saying how they combine; 'both' is our choice, measured in the README.
+        saying how they combine; 'both' is our choice, measured in experiments/README.md.
     center: False takes raw logits, as the paper does. True subtracts each position's mean logit first, which makes m
         (and so the pair) independent of the additive constant that softmax ignores and raw logits carry. Our addition.
     """
@@ -110,20 +114,20 @@ def confidence_threshold(z: Tensor, p: float, filter: str) -> Tensor:
 
 
 @torch.library.custom_op("dipo::kth_largest", mutates_args=())
-def kth_largest(z: Tensor, k: int, where: Tensor) -> Tensor:
-    """The k-th largest of z's last dimension at the positions `where` [...], -inf elsewhere -> [..., 1].
+def kth_largest(z: Tensor, k: int, wanted: Tensor) -> Tensor:
+    """The k-th largest of z's last dimension at the `wanted` positions [...] (bool), -inf elsewhere -> [..., 1].
 
     Top-k over a vocabulary costs more than the rest of the loss, and hardly any position needs it. An operator of its
     own, because torch.compile could not fuse across such a branch.
     """
     result = z.new_full((*z.shape[:-1], 1), -math.inf)
-    if where.any():
-        result[where] = z[where].topk(k, sorted=False).values.amin(-1, keepdim=True)
+    if wanted.any():
+        result[wanted] = z[wanted].topk(k, sorted=False).values.amin(-1, keepdim=True)
     return result
 
 
 @kth_largest.register_fake
-def _(z: Tensor, k: int, where: Tensor) -> Tensor:
+def _(z: Tensor, k: int, wanted: Tensor) -> Tensor:
     return z.new_empty((*z.shape[:-1], 1))
 
 
@@ -140,80 +144,42 @@ def preference_pair(
     return z + alpha * m, z - alpha * m
 
 
-# ---------------------------------------------------------------------------------------------------- reward margin
+# ------------------------------------------------------------------------------------------- the margin and the loss
 
 
 def reward_margin(
-    log_probs: Tensor,
-    ref_log_probs: Tensor,
-    preferred_log_probs: Tensor,
-    dispreferred_log_probs: Tensor,
-    mask: Tensor,
-    beta: float = 0.05,
+    log_probs: Tensor, ref_log_probs: Tensor, pi_w: Tensor, pi_l: Tensor, mask: Tensor, beta: float = 0.05
 ) -> Tensor:
-    """u = R_w - R_l of Eq. 14, written out as its four sequence KLs -> [B].
+    """u = R_w - R_l of Eq. 14, written out as its four sequence KLs -> [B]. All four are log-probabilities [B, T, V].
 
     Every KL has a member of the pair on the left and a model on the right:
 
         R_pi = beta * ( D_SeqKL(pi || pi_ref) - D_SeqKL(pi || pi_theta) )      the reward of a distribution
         u    = beta * { [D(pi_l || pi_theta) - D(pi_w || pi_theta)] - [D(pi_l || pi_ref) - D(pi_w || pi_ref)] }
 
-    u > 0: compared with the reference, the policy has come closer to pi_w than to pi_l.
+    u > 0: compared with the reference, the policy has come closer to pi_w than to pi_l. This form is for reading, and the
+    oracle of the tests; `margin_terms` is the one that trains.
     """
-    pi_w, pi_l = preferred_log_probs.detach(), dispreferred_log_probs.detach()
+    pi_w, pi_l = pi_w.detach(), pi_l.detach()
     policy = sequence_kl(pi_l, log_probs, mask) - sequence_kl(pi_w, log_probs, mask)
     reference = sequence_kl(pi_l, ref_log_probs.detach(), mask) - sequence_kl(pi_w, ref_log_probs.detach(), mask)
     return beta * (policy - reference)
 
 
-def reward_margin_from_logits(
-    logits: Tensor, ref_logits: Tensor, preferred_probs: Tensor, dispreferred_probs: Tensor, mask: Tensor, beta: float = 0.05
-) -> Tensor:
-    """The same u in one dot product: u = beta * sum_t < pi_w - pi_l , z_t - z_ref,t > -> [B].
+def margin_terms(logits: Tensor, ref_logits: Tensor, pi_w: Tensor, pi_l: Tensor) -> Tensor:
+    """< pi_w - pi_l , z_t - z_ref,t >: what each position adds to the margin, u = beta * sum_t of it -> [...].
 
-    In the four KLs of Eq. 14 the entropies of pi_w and pi_l cancel, and since both sum to one, so do the normalisers
-    of pi_theta and pi_ref. Hence dL/dz = -beta sigmoid(-u) (pi_w - pi_l). This is the form that trains: the
-    same number with less rounding, and a third of the [B, T, V] tensors.
+    In the four KLs of Eq. 14 the entropies of pi_w and pi_l (probabilities, [..., V]) cancel, and since both sum to one, so
+    do the normalisers of pi_theta and pi_ref. Hence dL/dz = -beta sigmoid(-u) (pi_w - pi_l). The same number as
+    `reward_margin` with less rounding, and a third of the [B, T, V] tensors.
     """
-    _check(mask, logits, ref_logits, preferred_probs, dispreferred_probs)
-    return beta * _masked_sum(_scores(logits, ref_logits, preferred_probs - dispreferred_probs), mask)
-
-
-def _scores(logits: Tensor, ref_logits: Tensor, preference: Tensor) -> Tensor:
     difference = _at_least_float32(logits) - _at_least_float32(ref_logits.detach())
-    return (preference.detach() * difference).sum(-1)
+    return ((pi_w - pi_l).detach() * difference).sum(-1)
 
 
-def dipo_scores(
-    logits: Tensor,
-    ref_logits: Tensor,
-    role: str,
-    alpha: float = 1.0,
-    p: float = 0.05,
-    filter: str = "both",
-    center: bool = False,
-    pair_from: str = "policy",
-) -> tuple[Tensor, Tensor]:
-    """(< pi_w - pi_l, z_t - z_ref,t > [...], swapped [...] bool) for the pair that the model's own logits [..., V] make.
-
-    role: 'forget' prefers pi_f to pi_m, 'retain' prefers pi_m to pi_f.
-    pair_from: 'policy' builds the pair from z, anew at each step (the paper); 'reference' from z_ref (our ablation).
-
-    swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
-    logits are negative, as all logits of some model families are: then z + m lowers them, "memory-enhancing" forgets,
-    and training would do the opposite of what it says. Our check, because m = z on the kept tokens is not invariant to
-    adding a constant to all logits, although softmax(z) is. The other tokens have the same logits in both, so their
-    share is U / Z_m against U / Z_f: the kept tokens lose by z + alpha m exactly if it has the smaller normaliser Z_m.
-
-    Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
-    tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
-    """
-    assert role in ROLES, f"role {role!r} is none of {ROLES}"
-    assert pair_from in ("policy", "reference"), f"pair_from {pair_from!r} is neither 'policy' nor 'reference'"
-    memory, forgetting = preference_pair(logits if pair_from == "policy" else ref_logits, alpha, p, filter, center)
-    (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
-    scores = _scores(logits, ref_logits, pi_f - pi_m if role == "forget" else pi_m - pi_f)
-    return scores, log_z_m < log_z_f
+def bradley_terry_loss(u: Tensor) -> Tensor:
+    """L = -log P(pi_w > pi_l) = -log sigmoid(R_w - R_l). log 2 at u = 0; never pushes harder than |dL/du| = 1."""
+    return -F.logsigmoid(u)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,49 +188,6 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     e = (logits - top).exp()
     total = e.sum(-1, keepdim=True)
     return e / total, (top + total.log()).squeeze(-1)
-
-
-def dipo_margin(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor,
-    role: str = "forget",
-    beta: float = 0.05,
-    reduction: str = "sum",
-    **pair,
-) -> tuple[Tensor, Tensor]:
-    """(u [B], swapped [B, T] bool): the margin of each sequence, and where the roles of its pair swap.
-
-    reduction: 'sum' over answer tokens (the sequence KL of Eq. 14) or 'mean' (ours, for long texts).
-    pair: alpha, p, filter, center, pair_from, as in `dipo_scores`.
-    """
-    _check(mask, logits, ref_logits)
-    assert reduction in ("sum", "mean"), f"reduction {reduction!r} is neither 'sum' nor 'mean'"
-    scores, swapped = dipo_scores(logits, ref_logits, role, **pair)
-    u = beta * _masked_sum(scores, mask)
-    if reduction == "mean":
-        u = u / mask.sum(-1).clamp(min=1)
-    return u, swapped & mask
-
-
-# ------------------------------------------------------------------------------------------------------------- loss
-
-
-def bradley_terry_loss(u: Tensor) -> Tensor:
-    """L = -log P(pi_w > pi_l) = -log sigmoid(R_w - R_l). log 2 at u = 0; never pushes harder than |dL/du| = 1."""
-    return -F.logsigmoid(u)
-
-
-def dipo_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, role: str = "forget", beta: float = 0.05, **pair) -> Tensor:
-    """The DiPO loss of each sequence -> [B]. The paper's objective is the mean of dipo_loss(role='forget') over forget
-    sequences plus lambda times the mean of dipo_loss(role='retain') over retain sequences.
-
-    pair: alpha, p, filter, center, pair_from, reduction, as in `dipo_margin`.
-    Raises SwappedRolesError (see `check_roles`) where raw logits would make it train in the wrong direction.
-    """
-    u, swapped = dipo_margin(logits, ref_logits, mask, role, beta, **pair)
-    check_roles(int(swapped.sum()), int(mask.sum()))
-    return bradley_terry_loss(u)
 
 
 def check_roles(swapped: int, positions: int) -> None:
@@ -279,58 +202,244 @@ def check_roles(swapped: int, positions: int) -> None:
         )
 
 
-# -------------------------------------------------------------------------------------- baselines and ablations
+# ---------------------------------------------------------------------------------------------------- the objective
 
 
-def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """-log p(y | x), summed over answer tokens -> [B]. Gradient descent (retain) is its token mean, ascent its negative."""
-    _check(mask, logits)
-    assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
-    return _masked_sum(token_nll(logits, targets), mask)
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises: mean of L_f over forget data + lam * mean of L_r over retain data. Defaults are the paper's.
+
+    forget_loss, retain_loss: rows of LOSSES; retain_loss 'none' leaves the second term out.
+    beta: of the forget loss, and of a retain loss that is the same one (the same pair, its roles reversed); None, and for
+        any other retain loss: the row's own.
+    alpha, p, filter, center: of `preference_pair`. pair_from: 'policy' builds the pair from z, anew at each step (the
+        paper); 'reference' from z_ref (our ablation).
+    reduction: u is a 'sum' over answer tokens (the sequence KL of Eq. 14) or their 'mean' (ours, for long texts).
+    """
+
+    forget_loss: str = "dipo"
+    retain_loss: str = "dipo"
+    lam: float = 1.0
+    beta: float | None = None
+    alpha: float = 1.0
+    p: float = 0.05
+    filter: str = "both"
+    center: bool = False
+    pair_from: str = "policy"
+    reduction: str = "sum"
+
+    def terms(self) -> dict[str, tuple[str, float]]:
+        """{role: (its loss, its weight)}: the terms of the total objective. Raises ValueError for a loss that LOSSES does
+        not have, or not for that role."""
+        terms = {"forget": (self.forget_loss, 1.0), "retain": (self.retain_loss, self.lam)}
+        if self.retain_loss == "none":
+            del terms["retain"]
+        for role, (name, _) in terms.items():
+            if role not in loss_named(name).roles:
+                raise ValueError(f"loss {name!r} is none of the {role} set, which are {', '.join(losses_of(role))}")
+        return terms
+
+    def beta_of(self, name: str) -> float | None:
+        """None for a loss that has none."""
+        own = loss_named(name).beta
+        return self.beta if own is not None and self.beta is not None and name == self.forget_loss else own
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+# -------------------------------------------------------------------------------- what one position adds to each loss
+
+
+class States(NamedTuple):
+    """Answer positions and what is known there; a loss looks at what it needs."""
+
+    logits: Tensor  # [..., V] of the policy: the gradient goes here
+    ref_logits: Tensor | None  # [..., V] of the reference
+    targets: Tensor | None  # [...] int64
+    role: str  # the set that the positions are of: forget, retain
+
+
+class Terms(NamedTuple):
+    """What each position adds to its sequence's sum, and what the log tells of it."""
+
+    value: Tensor  # [...]
+    nll: Tensor | None = None  # [...] -log p of the target, where it was computed on the way
+    swapped: Tensor | None = None  # [...] bool, where the pair has its roles swapped
+
+
+def dipo_terms(s: States, o: Objective) -> Terms:
+    """`margin_terms` of the pair that the model's own logits make: 'forget' prefers pi_f to pi_m, 'retain' pi_m to pi_f.
+
+    swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
+    logits are negative, as all logits of some model families are: then z + m lowers them, "memory-enhancing" forgets,
+    and training would do the opposite of what it says. Our check, because m = z on the kept tokens is not invariant to
+    adding a constant to all logits, although softmax(z) is. The other tokens have the same logits in both, so their
+    share is U / Z_m against U / Z_f: the kept tokens lose by z + alpha m exactly if it has the smaller normaliser Z_m.
+
+    Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
+    tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
+    """
+    assert s.role in ROLES, f"role {s.role!r} is none of {ROLES}"
+    assert o.pair_from in ("policy", "reference"), f"pair_from {o.pair_from!r} is neither 'policy' nor 'reference'"
+    assert s.ref_logits is not None
+    source = s.logits if o.pair_from == "policy" else s.ref_logits
+    memory, forgetting = preference_pair(source, o.alpha, o.p, o.filter, o.center)
+    (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
+    pi_w, pi_l = (pi_f, pi_m) if s.role == "forget" else (pi_m, pi_f)
+    return Terms(margin_terms(s.logits, s.ref_logits, pi_w, pi_l), swapped=log_z_m < log_z_f)
+
+
+def token_nll(logits: Tensor, targets: Tensor | None) -> Tensor:
     """-log p of each target token: logits [..., V], targets [...] int64 -> [...]."""
+    assert targets is not None, "targets are needed: this loss is one of the answer's tokens"
     z = _at_least_float32(logits)
     return z.logsumexp(-1) - z.gather(-1, targets[..., None]).squeeze(-1)
 
 
-def npo_loss(logits: Tensor, ref_logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 0.1) -> Tensor:
-    """Negative preference optimisation: -(2 / beta) log sigmoid( beta (nll_theta - nll_ref) ) -> [B].
+def nll_terms(s: States, o: Objective) -> Terms:
+    """-log pi_theta(y_t | s_t): maximum likelihood."""
+    nll = token_nll(s.logits, s.targets)
+    return Terms(nll, nll)
 
-    arXiv 2404.05868; open-unlearning's NPO. Tends to gradient ascent as beta -> 0.
+
+def ascent_terms(s: States, o: Objective) -> Terms:
+    """log pi_theta(y_t | s_t): gradient ascent on what `nll_terms` descends."""
+    nll = token_nll(s.logits, s.targets)
+    return Terms(-nll, nll)
+
+
+def gap_terms(s: States, o: Objective) -> Terms:
+    """log pi_ref(y_t | s_t) - log pi_theta(y_t | s_t): by how much the token has become less likely."""
+    assert s.ref_logits is not None
+    nll = token_nll(s.logits, s.targets)
+    return Terms(nll - token_nll(s.ref_logits.detach(), s.targets), nll)
+
+
+def kl_terms(s: States, o: Objective) -> Terms:
+    """KL(pi_ref || pi_theta), answer positions only (the original code averages over prompt and padding too)."""
+    assert s.ref_logits is not None
+    wide = torch.promote_types(s.logits.dtype, torch.float32)
+    return Terms(token_kl(s.ref_logits.detach().log_softmax(-1, dtype=wide), s.logits.log_softmax(-1, dtype=wide)))
+
+
+def negative_preference_loss(u: Tensor, beta: float) -> Tensor:
+    """-(2 / beta) log sigmoid(u), u = beta * a gap [B]: what NPO, SimNPO and DPO have in common -> [B].
+
+    The factor 2 / beta, which the original DPO does not have, makes it tend to gradient ascent as beta -> 0.
     """
-    _check(mask, logits, ref_logits)
-    return negative_preference_loss(nll(logits, targets, mask) - nll(ref_logits.detach(), targets, mask), beta)
+    return -(2 / beta) * F.logsigmoid(u)
 
 
-def negative_preference_loss(gap: Tensor, beta: float) -> Tensor:
-    """What NPO, SimNPO and DPO have in common: the gap [B] by which the answer has become less likely -> [B]."""
-    return -(2 / beta) * F.logsigmoid(beta * gap)
+# -------------------------------------------------------------------------------------------------- the table of losses
 
 
-def simnpo_loss(logits: Tensor, targets: Tensor, mask: Tensor, beta: float = 4.5) -> Tensor:
-    """SimNPO: -(2 / beta) log sigmoid( beta nll_theta / length ) -> [B]. NPO per token and without a reference.
+@dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES: all that there is to know of a loss. CONTRIBUTING.md has the recipe for another one.
 
-    arXiv 2410.07163, with its margin at 0, as both its code and open-unlearning have it.
+    Its sequences' sums S of `term`, divided by their lengths where `reduction` says 'mean', become margins u = beta S, and
+    `loss`(u, beta) of these is taken; without a beta, S itself is the loss.
     """
-    return negative_preference_loss(nll(logits, targets, mask) / mask.sum(-1).clamp(min=1), beta)
+
+    term: Callable[[States, Objective], Terms]  # what one position adds
+    source: str  # equation or paper
+    loss: Callable[[Tensor, float], Tensor] = lambda u, beta: u  # margins [B], beta -> losses [B]
+    beta: float | None = None
+    roles: tuple[str, ...] = ("forget",)  # the sets that it makes sense on
+    reference: bool = False  # needs ref_logits
+    mean_over: str = "sequences"  # or 'tokens': what the batch's mean is over
+    reduction: str | None = "sum"  # of a sequence's positions: 'sum', 'mean', or None: what the objective says
+    pair: bool = False  # built on pi_m and pi_f: its margins are logged, swapped roles refused
+    refusals: bool = False  # each answer has a refusal of the same question behind it; S is their difference
+
+    def divisor(self, sequences: int, tokens: int) -> int:
+        """What the losses of a batch with so many sequences and answer tokens are summed up and divided by."""
+        return {"sequences": sequences, "tokens": tokens}[self.mean_over]
 
 
-def dpo_loss(forget_gap: Tensor, refusal_gap: Tensor, beta: float = 0.1) -> Tensor:
-    """DPO that prefers "I don't know" to the answer: -(2 / beta) log sigmoid( beta (forget_gap - refusal_gap) ) -> [B].
+LOSSES: dict[str, Loss] = {
+    "dipo": Loss(
+        dipo_terms, "Eq. 14", lambda u, beta: bradley_terry_loss(u), 0.05, ROLES, reference=True, pair=True, reduction=None
+    ),
+    "npo": Loss(gap_terms, "NPO, arXiv 2404.05868", negative_preference_loss, 0.1, reference=True),
+    # with its margin gamma at 0, as both its code and open-unlearning have it
+    "simnpo": Loss(nll_terms, "SimNPO, arXiv 2410.07163", negative_preference_loss, 4.5, reduction="mean"),
+    # prefers "I don't know" to the answer: open-unlearning's IdkDPO
+    "dpo": Loss(gap_terms, "DPO, arXiv 2305.18290", negative_preference_loss, 0.1, reference=True, refusals=True),
+    "ga": Loss(ascent_terms, "gradient ascent", mean_over="tokens"),
+    "gd": Loss(nll_terms, "gradient descent", roles=("retain",), mean_over="tokens"),
+    "kl": Loss(kl_terms, "D_SeqKL(pi_ref || pi_theta)", roles=("retain",), reference=True, mean_over="tokens"),
+}
+FINETUNING = {"finetune": ("gd", 1.0)}  # in place of `Objective.terms`: maximum likelihood on one set
 
-    gap: nll_theta - nll_ref of the answer, and of a refusal of the same question, [B] each. open-unlearning's IdkDPO, whose
-    factor 2 / beta the original DPO (arXiv 2305.18290) does not have.
+
+def loss_named(name: str) -> Loss:
+    """A row of LOSSES. Raises ValueError for a name that is not there."""
+    if name not in LOSSES:
+        raise ValueError(f"loss {name!r} is none of {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def losses_of(role: str) -> tuple[str, ...]:
+    return tuple(name for name, row in LOSSES.items() if role in row.roles)
+
+
+def position_terms(
+    name: str, role: str, objective: Objective,
+    logits: Tensor, ref_logits: Tensor | None = None, targets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The chunked form, which trains: (term, -log p of the target without gradient, swapped) of any positions, [...] each.
+
+    Summed over each sequence, wherever its positions were computed, the terms are what `losses_of_sums` takes. Without
+    targets the second is zero. Raises ValueError for an unknown loss, or one whose reference is missing.
     """
-    return negative_preference_loss(forget_gap - refusal_gap, beta)
+    row = loss_named(name)
+    if row.reference and ref_logits is None:
+        raise ValueError(f"loss {name!r} needs the reference's logits")
+    value, nll, swapped = row.term(States(logits, ref_logits, targets, role), objective)
+    if nll is None:
+        nll = torch.zeros_like(value) if targets is None else token_nll(logits.detach(), targets)
+    return value, nll.detach(), torch.zeros_like(value, dtype=torch.bool) if swapped is None else swapped
 
 
-def kl_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
-    """D_SeqKL(pi_ref || pi_theta) -> [B]: keep the policy near the reference on retain data (the KL baseline).
-
-    Answer positions only; the original code also averages over prompt and padding.
+def losses_of_sums(name: str, objective: Objective, sums: Tensor, lengths) -> tuple[Tensor, Tensor | None]:
+    """(losses [B], margins u [B] or None) from each sequence's sum of `position_terms` [B] and its length (a
+    tensor or a list). Where a loss has refusals, answers and refusals take turns, and [B / 2] come out.
     """
-    _check(mask, logits, ref_logits)
-    z, z_ref = _at_least_float32(logits), _at_least_float32(ref_logits.detach())
-    return sequence_kl(z_ref.log_softmax(-1), z.log_softmax(-1), mask)
+    row, beta, reduction = loss_named(name), objective.beta_of(name), loss_named(name).reduction or objective.reduction
+    assert reduction in ("sum", "mean"), f"reduction {reduction!r} is neither 'sum' nor 'mean'"
+    if reduction == "mean":
+        sums = sums / torch.as_tensor(lengths, device=sums.device).clamp(min=1)
+    if row.refusals:
+        sums = sums[::2] - sums[1::2]
+    if beta is None:
+        return sums, None
+    u = beta * sums
+    return row.loss(u, beta), u
+
+
+def sequence_losses(
+    name: str, logits: Tensor, mask: Tensor, *, ref_logits: Tensor | None = None, targets: Tensor | None = None,
+    role: str = "forget", beta: float | None = None, **pair
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """The whole-sequence form, for reading and for other programs: (losses [B], margins u [B] or None, swapped [B, T]).
+
+    beta: None for the row's own. pair: alpha, p, filter, center, pair_from, reduction, as in `Objective`.
+    Raises ValueError as `position_terms`.
+    """
+    _check(mask, logits, *(() if ref_logits is None else (ref_logits,)))
+    if targets is not None:
+        assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
+    objective = Objective(forget_loss=name, beta=beta, **pair)
+    value, _, swapped = position_terms(name, role, objective, logits, ref_logits, targets)
+    losses, margins = losses_of_sums(name, objective, _masked_sum(value, mask), mask.sum(-1))
+    return losses, margins, swapped & mask
+
+
+def dipo_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, role: str = "forget", beta: float = 0.05, **pair) -> Tensor:
+    """The DiPO loss of each sequence -> [B]. The paper's objective is the mean of dipo_loss(role='forget') over forget
+    sequences plus lambda times the mean of dipo_loss(role='retain') over retain sequences.
+
+    pair: as in `sequence_losses`. Raises SwappedRolesError where raw logits would make it train in the wrong direction.
+    """
+    losses, _, swapped = sequence_losses("dipo", logits, mask, ref_logits=ref_logits, role=role, beta=beta, **pair)
+    check_roles(int(swapped.sum()), int(mask.sum()))
+    return losses

@@ -30,13 +30,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from machine import matmul_rate, pick_dtype  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import dipo  # noqa: E402
+import reference  # noqa: E402
 import train  # noqa: E402
-from model import Llama, LlamaConfig, load_pretrained, resolve_folder  # noqa: E402
+from bench.machine import matmul_rate, pick_dtype  # noqa: E402
+from config import Config  # noqa: E402
+from model import Llama, LlamaConfig, load_pretrained, read_config, resolve_folder  # noqa: E402
+from tofu import load_rows  # noqa: E402
 
 SHAPES = {
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 2048, tie_word_embeddings=True),
@@ -92,8 +95,7 @@ def make_examples(args, vocabulary: int) -> dict[str, list[data.Example]]:
     if args.model and args.data_dir and not args.length:
         tokenizer = data.Tokenizer(resolve_folder(args.model))
         rows = {
-            role: data.load_rows(f"tofu_{name}", args.data_dir)
-            for role, name in (("forget", "forget10"), ("retain", "retain90"))
+            role: load_rows(f"tofu_{name}", args.data_dir) for role, name in (("forget", "forget10"), ("retain", "retain90"))
         }
         return {role: data.draw(tokenizer.encode_rows(r), 0, role, 0, args.batch) for role, r in rows.items()}
     rng = random.Random(0)
@@ -125,7 +127,7 @@ def our_step(args, variant: str):
     """(model, what to call once the weights, gradients and moments are there, to get a function that does one step)."""
     model = make_model(args)
     examples = make_examples(args, model.config.vocab_size)
-    config = train.Config(micro_batch_size=args.micro_batch_size, batch_size=args.batch, lr=1e-4)
+    config = Config(lr=1e-4)
     optimizer = train.make_optimizer(model, config)
     model.checkpointing = args.gradient_checkpointing or variant == "ours-checkpointing"
     if variant == "ours-all-positions":
@@ -133,30 +135,31 @@ def our_step(args, variant: str):
     if variant == "ours-one-chunk":
         train.CHUNK = 2**62
     if variant == "ours-padded":
-        train.pack = padded
+        train.pack = reference.pack = padded
         examples = {role: sorted(x, key=lambda e: len(e.ids)) for role, x in examples.items()}
-    parts = {role: ("dipo", 1.0, x) for role, x in examples.items()}
+    every = [e for x in examples.values() for e in x]
+    parts = {role: train.Part("dipo", 1.0, [(e,) for e in x]) for role, x in examples.items()}
     if variant.startswith("finetune"):
-        parts = {"finetune": ("gd", 1.0, [e for x in examples.values() for e in x])}
+        parts = {"finetune": train.Part("gd", 1.0, [(e,) for e in every])}
     passes = [{role: part} for role, part in parts.items()] if variant == "ours-two-passes" else [parts]
-    score_fn = train.position_scores
+    objective, terms = config.objective, dipo.position_terms
     if variant == "ours-compiled-loss":
-        score_fn = torch.compile(score_fn, dynamic=True)
+        terms = torch.compile(terms, dynamic=True)
     elif not variant.endswith("eager"):
-        score_fn = train.compile_step(model)
+        terms = train.compile_step(model)
 
     def start():
-        reference = None
+        frozen = None
         if not variant.startswith("finetune"):
-            every = [e for x in examples.values() for e in x]
             with contextlib.redirect_stdout(sys.stderr):
                 if variant == "ours-recompute":
-                    reference = train.RecomputedReference(model)
+                    frozen = reference.RecomputedReference(model)
                 else:
-                    reference = train.CachedReference(model, every, config, Path("reference.bin"))
+                    frozen = reference.CachedReference(model, every, args.micro_batch_size, Path("reference.bin"))
 
         def step():
-            losses = [train.compute_gradients(model, reference, config, p, score_fn)["loss"] for p in passes]
+            arguments = args.micro_batch_size, terms
+            losses = [train.compute_gradients(model, frozen, objective, p, *arguments)["loss"] for p in passes]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return sum(losses)
@@ -524,7 +527,7 @@ def main() -> int:
     if unknown := [v for group in groups for v in group if v not in NAMES]:
         raise SystemExit(f"error: --only {unknown[0]}: unknown; known are {', '.join(NAMES)}")
     args.dtype, why = pick_dtype(args.dtype, args.device)
-    config = LlamaConfig.from_folder(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
+    config = read_config(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
     config = dataclasses.replace(config, vocab_size=args.vocab or config.vocab_size)
     counted, ceiling = work(config, make_examples(args, config.vocab_size)), matmul_ceiling(args)
     print(

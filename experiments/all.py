@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-NAMES = ("tofu", "ablation", "beta", "failures", "stability", "filter", "muse")  # later ones share runs of earlier ones
+# Later ones share runs of earlier ones.
+NAMES = ("baselines", "ablation", "beta", "failures", "stability", "filter", "muse_news")
 
 
 def run_all() -> int:

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -27,16 +26,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(ROOT), str(ROOT / "experiments")]
-sys.path.append(str(ROOT / "bench"))  # last: its eval.py is another
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from machine import pick_dtype  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from data import complement  # noqa: E402
+from bench.machine import pick_dtype  # noqa: E402
+from config import RUNS, make_config, versions  # noqa: E402
+from files import UserError, read_json, read_jsonl, write_json  # noqa: E402
+from metrics import require_extra  # noqa: E402
+from tofu import complement  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
 FORGETS = ("forget01", "forget05", "forget10")
@@ -111,7 +112,7 @@ def toy_flags(forget: str, seed: int, vocabulary: int = 1000) -> list[str]:
 
 
 def prepare_toy(forget: str, seed: int, vocabulary: int = 1000) -> int:
-    config = train.make_config({"forget": f"toy_{forget}", "seed": seed, "toy_vocabulary": vocabulary})
+    config = make_config({"forget": f"toy_{forget}", "seed": seed, "toy_vocabulary": vocabulary})
     target, retrained = train.toy_models(config)
     flags = f"--model {target} --retain-model {retrained} --forget toy_{forget} --seed {seed} --max-new-tokens 24"
     return evaluation.main([*flags.split(), "--eval-retain", TOY_ROWS])
@@ -124,12 +125,12 @@ def smoke_flags(forget: str, seed: int) -> list[str]:
 
 def prepare_smoke(forget: str, seed: int) -> int:
     train.TOY_FINETUNE = train.TOY_FINETUNE | {"epochs": 0.2, "warmup_epochs": 0.0}  # toy models of their own, by their key
-    train.toy_models(train.make_config({"forget": f"toy_{forget}", "seed": seed}))
+    train.toy_models(make_config({"forget": f"toy_{forget}", "seed": seed}))
     return 0
 
 
 def smollm2_folder(name: str) -> Path:
-    return train.RUNS / "experiments" / f"smollm2-{name}"
+    return RUNS / "experiments" / f"smollm2-{name}"
 
 
 def variable(name: str, what: str) -> Path:
@@ -139,7 +140,7 @@ def variable(name: str, what: str) -> Path:
     return Path(os.environ[name]).resolve()
 
 
-SMOLLM2_DATA = train.RUNS / "experiments" / "data"  # a link, so that command lines hold no path of this machine
+SMOLLM2_DATA = RUNS / "experiments" / "data"  # a link, so that command lines hold no path of this machine
 
 
 def link_smollm2_data() -> Path:
@@ -265,20 +266,20 @@ def call(function, *arguments, quiet: bool) -> str:
 
 def do(item: Job, quiet: bool) -> dict:
     """One run -> its record. A run that was interrupted goes on; its folder is removed when its record is made."""
-    out = train.RUNS / "experiments" / hashlib.sha256(item.line.encode()).hexdigest()[:12]
+    out = RUNS / "experiments" / hashlib.sha256(item.line.encode()).hexdigest()[:12]
     began = time.perf_counter()
     argv = ["--resume", "--out", str(out)] if (out / "config.json").exists() else [*item.line.split(), "--out", str(out)]
     if error := call(train.main, argv, quiet=quiet):
         shutil.rmtree(out, ignore_errors=True)
         return {"error": error}
-    record = json.loads((out / "summary.json").read_text())
-    made = {"commit": json.loads((out / "config.json").read_text())["versions"]["commit"]}
+    record = read_json(out / "summary.json")
+    made = {"commit": read_json(out / "config.json")["versions"]["commit"]}
     made["seconds"] = round(time.perf_counter() - began, 1)
     if "unlearned" in record:
         del record["model"]
     else:  # requests in sequence: the summary of each
         record = {"requests": record}
-    if points := evaluation.read_jsonl(out / "trajectory.jsonl"):
+    if points := read_jsonl(out / "trajectory.jsonl"):
         record["trajectory"] = [{k: p[k] for k in TRAJECTORY if k in p} for p in points]
     shutil.rmtree(out)
     return record | made
@@ -294,17 +295,16 @@ class Lab:
         self.name, self.scale, self.folder, self.processes = name, scale, folder / scale.name, processes
 
     def keep(self, records: dict[str, dict]) -> None:
-        versions = train.versions() | {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.processes} at a time"
-        }
-        evaluation.write_json(self.folder / f"{self.name}.json", versions | {"records": records})
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, {self.processes} at a time"
+        made_by = versions() | {"machine": machine}
+        write_json(self.folder / f"{self.name}.json", made_by | {"records": records})
 
     def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
         """The record of each job, in order. Prepares the models that the jobs need."""
         mine, others = {}, {}  # what this experiment has run, and what others of this scale
         for path in self.folder.glob("*.json"):
             records = mine if path.stem == self.name else others
-            records |= json.loads(path.read_text())["records"]
+            records |= read_json(path)["records"]
         mine |= {j.line: others[j.line] for j in jobs if j.line in others and j.line not in mine}
         todo = list({j.line: j for j in jobs if j.line not in mine}.values())
         firsts = {j.seed: (j.forget, j.seed) for j in reversed(todo)}
@@ -501,12 +501,12 @@ def main(name: str, doc: str, experiment: Callable[[Lab], None], scales: tuple[s
     args = parser.parse_args()
     processes = args.processes or ((os.cpu_count() or 1) if args.scale == "toy" else 1)
     try:
-        evaluation.require_extra()
+        require_extra()
         lab = (Plan if args.dry_run else Lab)(name, SCALES[args.scale], args.results, processes)
         experiment(lab)
     except Planned:
         return 0
-    except (RuntimeError, train.RunError, evaluation.EvalError, train.DataError, train.ModelError) as e:
+    except (RuntimeError, UserError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 python experiments/filter.py --scale toy
 
-The rate and beta are those that `tofu.py` chose for DiPO with the default filter; they are not searched anew.
+The rate and beta are those that `baselines.py` chose for DiPO with the default filter; they are not searched anew.
 """
 
 import dataclasses

@@ -2,14 +2,16 @@
 
 python experiments/stability.py --scale toy
 
-Every method runs with the setting that `tofu.py` chose for it. Oscillation is `eval.oscillation`: the length of a curve's
-path beyond its net change, per epoch; of forget quality on the scale of its logarithm to base 10, from 1e-12 up.
+Every method runs with the setting that `baselines.py` chose for it. Oscillation is `metrics.oscillation`: the length of a
+curve's path beyond its net change, per epoch; of forget quality on the scale of its logarithm to base 10, from 1e-12 up.
 """
 
 import math
 import sys
 
-from common import FLOOR, KEEP, Lab, color, describe, evaluation, job, main, markdown, note, share, spread, subplots, tune
+from common import FLOOR, KEEP, Lab, color, describe, job, main, markdown, note, share, spread, subplots, tune
+
+from metrics import oscillation
 
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # in the plot's first column
 SEEDS = {"DiPO": 3, "NPO+GD": 3}  # the others have one, for time
@@ -39,7 +41,7 @@ def experiment(lab: Lab) -> None:
             logs = [math.log10(q) for q in quality]
             best = quality.index(max(quality))
             good = sum(q >= 0.05 and s >= KEEP for q, s in zip(quality, utility, strict=True))
-            restless = [round(evaluation.oscillation(curve), 6) for curve in (logs, utility)]
+            restless = [round(oscillation(curve), 6) for curve in (logs, utility)]
             measured.append((quality[best], points[best]["epoch"], quality[-1], utility[-1], good, *restless))
             x = [p["epoch"] for p in points]
             style = {"color": color(name, i), "alpha": 0.35 if seed != seeds[name][0] else 1.0, "linewidth": 1.2}

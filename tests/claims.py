@@ -4,14 +4,14 @@
     @claim("u = 0 and L = log 2 at the reference", "Eq. 14")
     def test_...
 
-`python -m pytest --claims=README.md` writes the same table between the two `claims` comments of a Markdown file.
+`python -m pytest --claims=docs/theory.md` writes the same table between the two `claims` comments of a Markdown file.
 """
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-START, END = "<!-- claims: pytest --claims=README.md -->", "<!-- end of claims -->"
+START, END = "<!-- claims: pytest --claims=docs/theory.md -->", "<!-- end of claims -->"
 
 
 @dataclass
@@ -78,6 +78,6 @@ def write_markdown(path: Path) -> None:
         raise ValueError(f"{path}: the lines {START!r} and {END!r} are missing")
     lines = ["| claim | where | property | examples | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in tried():
-        lines.append(f"| {escaped(c.text)} | {c.where} | [`{c.test}`](tests/{c.file}) | {c.examples} | {verdict(c)} |")
+        lines.append(f"| {escaped(c.text)} | {c.where} | [`{c.test}`](../tests/{c.file}) | {c.examples} | {verdict(c)} |")
     before, after = text.split(START)[0], text.split(END)[1]
     path.write_text(before + "\n".join([START, *lines, END]) + after, encoding="utf-8")

@@ -2,12 +2,13 @@
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import dipo
+import reference
 import train
 from model import LlamaConfig
 
@@ -19,10 +20,7 @@ def script(name: str):
     path = Path(__file__).resolve().parents[1] / "bench" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    before = list(sys.path)
-    sys.path.insert(0, str(path.parent))
     spec.loader.exec_module(module)
-    sys.path[:] = before
     return module
 
 
@@ -33,9 +31,9 @@ def step():
 
 def losses(step, monkeypatch, variant: str) -> list[float]:
     monkeypatch.setitem(step.SHAPES, "small", TINY)
-    monkeypatch.setattr(train, "compile_step", lambda model: train.position_scores)
-    for name in ("pack", "CHUNK"):  # a variant may replace it
-        monkeypatch.setattr(train, name, getattr(train, name))
+    monkeypatch.setattr(train, "compile_step", lambda model: dipo.position_terms)
+    for module, name in ((train, "pack"), (reference, "pack"), (train, "CHUNK")):  # a variant may replace it
+        monkeypatch.setattr(module, name, getattr(module, name))
     args = argparse.Namespace(
         model=None, data_dir=None, shape="small", vocab=None, length=None, dtype="float32", device="cpu", batch=4,
         micro_batch_size=3, gradient_checkpointing=False,
@@ -80,7 +78,7 @@ def test_work_counts_what_a_step_must_compute(step):
 
 
 def test_scoring_and_generation_equal_transformers(monkeypatch):
-    bench = script("eval")
+    bench = script("generation")
     monkeypatch.setattr(bench, "SMOLLM2", TINY)
     args = argparse.Namespace(model=None, data_dir=None)
     ours = bench.load(args, torch.float32)

@@ -1,4 +1,4 @@
-"""The table of claims that pytest prints and that the README shows."""
+"""The table of claims that pytest prints and that docs/theory.md shows."""
 
 import re
 import shutil
@@ -11,15 +11,15 @@ import claims
 HERE = Path(__file__).parent
 
 
-def test_the_readme_shows_every_claim_with_its_verdict():
-    """Of the test files that this run has imported; if this fails: pytest --claims=README.md."""
-    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    table = readme.split(claims.START)[1].split(claims.END)[0]
+def test_the_theory_page_shows_every_claim_with_its_verdict():
+    """Of the test files that this run has imported; if this fails: pytest --claims=docs/theory.md."""
+    page = (HERE.parent / "docs" / "theory.md").read_text(encoding="utf-8")
+    table = page.split(claims.START)[1].split(claims.END)[0]
     for c in claims.CLAIMS.values():
-        start = f"| {claims.escaped(c.text)} | {c.where} | [`{c.test}`](tests/{c.file}) | "
+        start = f"| {claims.escaped(c.text)} | {c.where} | [`{c.test}`](../tests/{c.file}) | "
         rows = [line for line in table.splitlines() if line.startswith(start) and line.endswith(f" | {c.verdict} |")]
         assert len(rows) == 1, f"{c.test} is missing or differs"
-    for name, file in re.findall(r"\[`(\w+)`\]\(tests/(\w+\.py)\)", table):
+    for name, file in re.findall(r"\[`(\w+)`\]\(\.\./tests/(\w+\.py)\)", table):
         assert f"def {name}(" in (HERE / file).read_text(encoding="utf-8")
 
 
@@ -46,8 +46,8 @@ def test_a_claim_is_counted_reported_and_written(tmp_path):
     assert re.search(r"^repeat with: pytest --hypothesis-seed=\d+$", done.stdout, re.MULTILINE)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "stale" not in text
-    assert r"| D(p\|\|q) >= 0 | Eq. 1 | [`test_true`](tests/test_some.py) | 7 | holds |" in text
-    assert "| a false one | ours | [`test_false`](tests/test_some.py) | 0 | FAILED |" in text
+    assert r"| D(p\|\|q) >= 0 | Eq. 1 | [`test_true`](../tests/test_some.py) | 7 | holds |" in text
+    assert "| a false one | ours | [`test_false`](../tests/test_some.py) | 0 | FAILED |" in text
     page.write_text("no markers", encoding="utf-8")
     done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, capture_output=True, text=True)
     assert "are missing" in done.stdout + done.stderr and page.read_text(encoding="utf-8") == "no markers"

@@ -1,40 +1,30 @@
-"""data.py: what the labels are, where the border falls, which rows a name means, what a broken file says."""
+"""data.py and tofu.py: what the labels are, where the border falls, which rows a name means, what a broken file says."""
 
 import dataclasses
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
+import helpers
+import huggingface_hub
 import pytest
 import tokenizers
 import torch
 from claims import claim
+from helpers import BYTE_LEVEL, KINDS, SPECIAL, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers
 
 import data
+import muse
+import tofu
+import toy
 from data import DataError, Example, Row
 
-SPECIAL = {
-    "llama2": ("<s>", "</s>"),
-    "llama2-sentencepiece": ("<s>", "</s>"),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "smollm2": ("<|im_start|>", "<|im_end|>"),
-    "plain": ("<s>", "</s>"),
-}
-KINDS = tuple(SPECIAL)
-BYTE_LEVEL = tuple(k for k in KINDS if k != "llama2-sentencepiece")
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CORPUS = [
-    "Question: Who wrote it?\nAnswer: The author of it is Jaime Vasquez.",
-    "assistant\n\n\n  Yes.\n\n\n  No.\n\n\n",
-    "[INST] Where is it? [/INST](here) [/INST](there)" + "](" * 20,
-    "user\nsystem\nYou are a helpful AI assistant named SmolLM. Cutting Knowledge Date: December 2023",
-]
+error_of = partial(helpers.error_of, kind=DataError)
 
 # Texts that look like the machinery around them, besides anything that hypothesis finds.
 TRAPS = (
@@ -44,48 +34,6 @@ TRAPS = (
 TEXTS = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(max_size=6)), max_size=6).map("".join)
 ANSWERS = TEXTS.filter(lambda text: text.strip())
 ORDINARY = st.text("abcd efgh.,?'1234", min_size=1, max_size=40).filter(lambda text: text.strip())
-
-
-def byte_level_bpe(kind: str) -> tokenizers.Tokenizer:
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if kind == "llama3":
-        words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS * 2, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
-
-
-def sentencepiece_like_bpe() -> tokenizers.Tokenizer:
-    """As Llama 2's tokenizer.json: no words, '▁' for spaces and in front, bytes for what is not in the vocabulary."""
-    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trained = tokenizers.Tokenizer(models.BPE())
-    trained.normalizer = normalizer
-    trained.train_from_iterator(CORPUS * 2, trainers.BpeTrainer(vocab_size=200, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
-    vocab, merges = {piece: i for i, piece in enumerate(pieces)}, [tuple(m) for m in model["merges"]]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizer
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    return tokenizer
-
-
-def write_tokenizer(folder: Path, kind: str, **config) -> Path:
-    tokenizer = sentencepiece_like_bpe() if kind == "llama2-sentencepiece" else byte_level_bpe(kind)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL[kind]])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": SPECIAL[kind][0], "eos_token": SPECIAL[kind][-1]} | config
-    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -108,15 +56,6 @@ def decode(tokenizer: data.Tokenizer, ids) -> str:
 
 def labels_of(example: Example) -> tuple[int, ...]:
     return example.ids[example.prompt_length :]
-
-
-def error_of(call, *args, **kwargs) -> str:
-    """The message of the DataError that the call raises: one line."""
-    with pytest.raises(DataError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
 
 
 # ---------------------------------------------------------------------------------------------------- prompts and labels
@@ -254,7 +193,7 @@ def smollm2():
 @pytest.fixture(scope="session")
 def toy_tokenizers(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
-    folder = data.train_toy_tokenizer(0, tmp_path_factory.mktemp("toy"))
+    folder = toy.train_toy_tokenizer(0, tmp_path_factory.mktemp("toy"))
     return data.Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -497,7 +436,7 @@ def numbered(tmp_path_factory) -> dict[int, Path]:
 
 
 def rows_of(spec: str, **options) -> list[int]:
-    return [int(row.key.split("/")[-1]) for row in data.load_rows(spec, **options)]
+    return [int(row.key.split("/")[-1]) for row in tofu.load_rows(spec, **options)]
 
 
 BOUNDS = st.none() | st.integers(-120, 120)
@@ -510,7 +449,7 @@ def test_absolute_slices_are_pythons(numbered, n, lo, hi):
     if expected:
         assert rows_of(text) == expected
     else:
-        assert "is empty" in error_of(data.load_rows, text)
+        assert "is empty" in error_of(tofu.load_rows, text)
 
 
 @given(n=st.sampled_from([10, 45, 100]), lo=st.none() | st.integers(-100, 100), hi=st.none() | st.integers(-100, 100))
@@ -524,7 +463,7 @@ def test_percent_slices_are_those_of_the_datasets_library(numbered, n, lo, hi):
     if expected:
         assert rows_of(text) == expected
     else:
-        assert "is empty" in error_of(data.load_rows, text)
+        assert "is empty" in error_of(tofu.load_rows, text)
 
 
 @pytest.mark.parametrize(
@@ -554,45 +493,45 @@ def test_slices_and_sums_by_example(numbered, text, expected):
      "", "toy_full+", "toy_full[--5:]", "toy_full[:5%%]", "toy_full[:5] [:5]"],
 )  # fmt: skip
 def test_a_malformed_slice_shows_the_notation(spec):
-    message = error_of(data.load_rows, spec)
+    message = error_of(tofu.load_rows, spec)
     assert repr(spec) in message and "NAME[10:20]" in message
 
 
 @pytest.mark.parametrize("name", ["tofu_forget11", "toy_forget07", "forget10", "muse_news", "full", "tofu_", "toy"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    message = error_of(data.load_rows, name)
+    message = error_of(tofu.load_rows, name)
     assert repr(name) in message and "tofu_forget10" in message and "toy_forget10" in message and ".jsonl" in message
 
 
 def test_keys_are_those_of_the_unsliced_set(numbered):
-    keys = [row.key for row in data.load_rows(f"{numbered[10]}[8:]+{numbered[45]}[-1:]")]
+    keys = [row.key for row in tofu.load_rows(f"{numbered[10]}[8:]+{numbered[45]}[-1:]")]
     assert keys == ["rows10/8", "rows10/9", "rows45/44"]
-    assert data.load_rows("toy_forget10[3:5]") == data.load_rows("toy_forget10")[3:5]
+    assert tofu.load_rows("toy_forget10[3:5]") == tofu.load_rows("toy_forget10")[3:5]
 
 
 def test_a_local_copy_in_hub_layout_is_used_before_the_hub(tmp_path):
     write_rows(tmp_path / "TOFU" / "forget10.json", 4)
-    rows = data.load_rows("tofu_forget10[1:3]", data_dir=tmp_path)
+    rows = tofu.load_rows("tofu_forget10[1:3]", data_dir=tmp_path)
     assert [(r.key, r.answer) for r in rows] == [("tofu_forget10/1", "It is 1."), ("tofu_forget10/2", "It is 2.")]
 
 
 def test_a_missing_data_folder_is_named(tmp_path):
-    assert f"--data-dir {tmp_path / 'none'}" in error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path / "none")
+    assert f"--data-dir {tmp_path / 'none'}" in error_of(tofu.load_rows, "tofu_forget10", data_dir=tmp_path / "none")
 
 
 def test_an_unreachable_hub_says_what_to_place_where(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("no route to host\nand a second line")
 
-    monkeypatch.setattr(data, "snapshot_download", unreachable)
-    message = error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    message = error_of(tofu.load_rows, "tofu_forget10", data_dir=tmp_path)
     assert "locuslab/TOFU/forget10.json" in message and "no route to host" in message
     assert "DIR/TOFU/forget10.json" in message and "--data-dir" in message
 
 
 def test_a_file_that_the_hub_or_its_cache_lacks_says_what_to_place_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    message = error_of(data.load_rows, "tofu_forget10", data_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    message = error_of(tofu.load_rows, "tofu_forget10", data_dir=tmp_path)
     assert "locuslab/TOFU/forget10.json" in message and "DIR/TOFU/forget10.json" in message
 
 
@@ -620,7 +559,7 @@ def test_unicode_line_ends_inside_a_text_do_not_end_the_row(tmp_path, inside):
 def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b'\r\n{"question": "a", "answer": "b"}\r\n\r\n{"question": "c", "answer": "d", "other": 1}\r\n')
-    assert data.load_rows(str(path)) == [Row("mine/0", "a", "b"), Row("mine/1", "c", "d")]
+    assert tofu.load_rows(str(path)) == [Row("mine/0", "a", "b"), Row("mine/1", "c", "d")]
 
 
 GOOD = '{"question": "a", "answer": "b"}'
@@ -649,7 +588,7 @@ GOOD = '{"question": "a", "answer": "b"}'
 def test_a_bad_row_names_file_line_and_key(tmp_path, line, says):
     path = tmp_path / "mine.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n", encoding="utf-8")
-    message = error_of(data.load_rows, str(path))
+    message = error_of(tofu.load_rows, str(path))
     assert f"{path}, line 3: " in message and says in message
 
 
@@ -657,17 +596,17 @@ def test_a_bad_row_names_file_line_and_key(tmp_path, line, says):
 def test_an_empty_or_binary_file_is_named(tmp_path, content):
     path = tmp_path / "mine.jsonl"
     path.write_bytes(content)
-    assert str(path) in error_of(data.load_rows, str(path))
+    assert str(path) in error_of(tofu.load_rows, str(path))
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     for path in (tmp_path / "none.jsonl", tmp_path / "folder.jsonl"):
-        assert str(path) in error_of(data.load_rows, str(path))
+        assert str(path) in error_of(tofu.load_rows, str(path))
 
 
 def test_the_fingerprint_changes_with_texts_and_order():
-    rows = data.load_rows("toy_full[:3]")
+    rows = tofu.load_rows("toy_full[:3]")
     changed = [dataclasses.replace(rows[0], answer=rows[0].answer + " "), *rows[1:]]
     prints = [data.fingerprint(r) for r in (rows, rows[::-1], rows[:2], changed)]
     assert len(set(prints)) == 4 and data.fingerprint(list(rows)) == prints[0]
@@ -688,7 +627,7 @@ def test_the_fingerprint_changes_with_texts_and_order():
     ],
 )
 def test_the_retain_set_is_the_complement(forget, retain):
-    assert data.complement(forget) == retain
+    assert tofu.complement(forget) == retain
 
 
 @pytest.mark.parametrize(
@@ -696,7 +635,7 @@ def test_the_retain_set_is_the_complement(forget, retain):
     ["tofu_forget05+tofu_forget01", "mine.jsonl", "toy_forget07", "tofu_full", "tofu_forget10_perturbed", "forget10"],
 )
 def test_an_unknown_complement_asks_for_the_retain_set(forget):
-    message = error_of(data.complement, forget)
+    message = error_of(tofu.complement, forget)
     assert forget in message and "--retain" in message
 
 
@@ -711,7 +650,7 @@ def test_an_unknown_complement_asks_for_the_retain_set(forget):
     ],
 )
 def test_a_forget_set_is_evaluated_on_its_perturbed_rows(forget, evaluated):
-    assert data.evaluation_sets(forget) == {
+    assert tofu.evaluation_sets(forget) == {
         "forget": evaluated,
         "retain": "tofu_retain_perturbed",
         "ra": "tofu_real_authors_perturbed",
@@ -720,24 +659,24 @@ def test_a_forget_set_is_evaluated_on_its_perturbed_rows(forget, evaluated):
 
 
 def test_the_evaluated_retain_rows_can_be_named():
-    sets = data.evaluation_sets("toy_forget10", "toy_retain_perturbed[:4]")
+    sets = tofu.evaluation_sets("toy_forget10", "toy_retain_perturbed[:4]")
     assert sets["retain"] == "toy_retain_perturbed[:4]" and all(name.startswith("toy_") for name in sets.values())
-    assert all(data.load_rows(name) for name in sets.values())
+    assert all(tofu.load_rows(name) for name in sets.values())
 
 
 @pytest.mark.parametrize(
     "forget", ["mine.jsonl", "tofu_full", "tofu_forget05+toy_forget10", "other_forget10", "tofu_retain90"]
 )
 def test_other_sets_have_no_tofu_numbers(forget):
-    message = error_of(data.evaluation_sets, forget)
+    message = error_of(tofu.evaluation_sets, forget)
     assert forget in message and "--no-eval" in message
 
 
-@pytest.mark.parametrize("alias", data.CHECKPOINTS)
+@pytest.mark.parametrize("alias", tofu.CHECKPOINTS)
 def test_an_alias_names_a_target_a_format_and_a_retain_log(alias):
-    checkpoint = data.CHECKPOINTS[alias]
+    checkpoint = tofu.CHECKPOINTS[alias]
     assert checkpoint.prompt in data.PROMPT_FORMATS and checkpoint.family in checkpoint.target
-    for forget, retain in data.TOFU_RETAIN.items():
+    for forget, retain in tofu.TOFU_RETAIN.items():
         repo, name = checkpoint.retain_log(forget)
         assert repo == "open-unlearning/eval" and name == f"tofu_{checkpoint.family}_{retain}/TOFU_EVAL.json"
 
@@ -749,10 +688,10 @@ def test_refusals_come_from_the_file_or_the_benchmark(tmp_path):
     (tmp_path / "TOFU").mkdir()
     (tmp_path / "TOFU" / "idontknow.jsonl").write_text("No idea.\n\n  Ask me another. \n", encoding="utf-8")
     (tmp_path / "mine").write_text("Never.\n", encoding="utf-8")
-    assert data.load_refusals(None, "tofu_forget01", tmp_path) == ["No idea.", "Ask me another."]
-    assert data.load_refusals(str(tmp_path / "mine"), "tofu_forget01", tmp_path) == ["Never."]
-    toy = data.load_refusals(None, "toy_forget10")
-    assert len(toy) == len(set(toy)) >= 10 and all(data.is_text(line) for line in toy)
+    assert tofu.load_refusals(None, "tofu_forget01", tmp_path) == ["No idea.", "Ask me another."]
+    assert tofu.load_refusals(str(tmp_path / "mine"), "tofu_forget01", tmp_path) == ["Never."]
+    lines = tofu.load_refusals(None, "toy_forget10")
+    assert len(lines) == len(set(lines)) >= 10 and all(data.is_text(line) for line in lines)
 
 
 @pytest.mark.parametrize("content", [None, b"\n \n", b"\xff\xfe"])
@@ -761,106 +700,22 @@ def test_refusals_that_cannot_be_read_are_one_line(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(data.DataError, match="refusals.txt: .*refusal per line"):
-        data.load_refusals(str(path), "tofu_forget01")
+        tofu.load_refusals(str(path), "tofu_forget01")
 
 
 def test_muse_has_nothing_to_refuse():
     with pytest.raises(data.DataError, match="MUSE"):
-        data.load_refusals(None, "muse_news")
-
-
-# ----------------------------------------------------------------------------------------------------------- toy world
-
-
-WORLDS = st.integers(0, 30)
-
-
-@given(WORLDS)
-def test_the_same_seed_gives_the_same_world_and_another_seed_another(seed):
-    world = data.toy_world(seed)
-    data.toy_world.cache_clear()
-    assert data.toy_world(seed) == world
-    assert data.toy_world(seed + 1)["full"] != world["full"]
-
-
-@given(WORLDS)
-def test_forget_and_retain_rows_partition_the_full_set(seed):
-    world = data.toy_world(seed)
-    assert set(world) == set(data.TOY_CONFIGS)
-    for forget, retain in data.TOFU_RETAIN.items():
-        assert world[retain] + world[forget] == world["full"] and world[f"{forget}_perturbed"] == world[forget]
-    assert [len(world[f]) for f in data.TOFU_RETAIN] == [10, 30, 60] and len(world["full"]) == 600
-    assert len({row.key for row in world["full"]}) == len(world["full"])
-    assert all(row in world["retain90"] for row in world["retain_perturbed"])
-
-
-@given(WORLDS)
-def test_forget_authors_do_not_occur_in_the_retain_rows(seed):
-    world = data.toy_world(seed)
-
-    def author(row):
-        [name] = re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", row.question)
-        return name
-
-    forgotten = {author(row) for row in world["forget10"]}
-    assert len(forgotten) == 6 and len({author(row) for row in world["full"]}) == data.TOY_AUTHORS
-    texts = "\n".join(text for r in world["retain90"] for text in (r.question, r.answer, r.paraphrased_answer))
-    assert not [name for name in forgotten if name in texts]
-    known = world["real_authors_perturbed"] + world["world_facts_perturbed"]
-    assert not {row.question for row in known} & {row.question for row in world["full"]}
-
-
-@pytest.mark.parametrize("size", [1000, 4000])
-def test_a_larger_toy_vocabulary_is_filled_and_spells_names_in_fewer_tokens(tmp_path, size):
-    folder = data.train_toy_tokenizer(3, tmp_path, size)
-    tokenizer = data.Tokenizer(folder)
-    vocabulary = tokenizer.tokenizer.get_vocab_size()
-    assert vocabulary <= size and vocabulary > (900 if size == 1000 else 0.99 * size)
-    rows = data.toy_world(3)["full"]
-    lengths = [len(tokenizer.encode(row.question, row.answer).ids) for row in rows]
-    small = data.Tokenizer(data.train_toy_tokenizer(3, tmp_path / "small"))
-    others = [len(small.encode(row.question, row.answer).ids) for row in rows]
-    assert sum(lengths) == sum(others) if size == 1000 else sum(lengths) < sum(others)
-
-
-@given(WORLDS)
-def test_the_world_has_tofus_schema(seed):
-    world = data.toy_world(seed)
-    for row in world["full"]:
-        wrong = row.perturbed_answers
-        assert len(set(wrong)) == 5 and row.paraphrased_answer != row.answer
-        assert row.answer not in wrong and row.paraphrased_answer not in wrong
-    for config in ("real_authors_perturbed", "world_facts_perturbed"):
-        assert [row.key for row in world[config]] == [f"toy_{config}/{i}" for i in range(len(world[config]))]
-        for row in world[config]:
-            assert row.paraphrased_answer is None and len(set(row.perturbed_answers)) == 3
-            assert row.answer not in row.perturbed_answers
-    for rows in world.values():
-        assert all(data.is_text(text) for r in rows for text in (r.question, r.answer, *r.perturbed_answers))
-
-
-def test_the_toy_tokenizer_is_reproducible_and_covers_the_world(tmp_path):
-    folders = [data.train_toy_tokenizer(3, tmp_path / name) for name in ("a", "b")]
-    files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in folders]
-    assert files[0] == files[1]
-    tokenizer = data.Tokenizer(folders[0], vocab_size=1000)
-    assert tokenizer.format_name == "plain"
-    world = data.toy_world(3)
-    rows = world["full"] + world["real_authors_perturbed"] + world["world_facts_perturbed"]
-    examples = tokenizer.encode_rows(rows)
-    assert [tokenizer.decode(labels_of(e)) for e in examples] == [row.answer for row in rows]
-    assert [e.key for e in examples] == [row.key for row in rows]
-    assert tokenizer.borders_split == 0 and max(len(e.ids) for e in examples) < 64
+        muse.Muse.refusals(None, "muse_news")
 
 
 # ---------------------------------------------------------------------------------------------------------- real TOFU
 
 
 @pytest.fixture(scope="session")
-def tofu():
+def published():
     if not (folder := os.environ.get("DIPO_DATA")):
         pytest.skip("DIPO_DATA names no folder with TOFU/*.json")
-    return lambda spec: data.load_rows(spec, data_dir=folder)
+    return lambda spec: tofu.load_rows(spec, data_dir=folder)
 
 
 ROWS = {"full": 4000, "forget01": 40, "forget05": 200, "forget10": 400, "retain99": 3960, "retain95": 3800, "retain90": 3600}
@@ -876,63 +731,36 @@ def questions_and_answers(rows: list[Row]) -> list[tuple[str, str]]:
     return [(row.question, row.answer) for row in rows]
 
 
-@pytest.mark.parametrize("config", data.TOFU_CONFIGS)
-def test_tofu_has_its_published_rows(tofu, config):
+@pytest.mark.parametrize("config", tofu.TOFU_CONFIGS)
+def test_tofu_has_its_published_rows(published, config):
     if config.startswith("holdout") and not Path(os.environ["DIPO_DATA"], "TOFU", f"{config}.json").exists():
         pytest.skip(f"DIPO_DATA has no TOFU/{config}.json")
-    rows = tofu(f"tofu_{config}")
+    rows = published(f"tofu_{config}")
     assert len(rows) == ROWS[config] and rows[-1].key == f"tofu_{config}/{ROWS[config] - 1}"
     wrong = 3 if config.startswith(("real_authors", "world_facts")) else 5 if config.endswith("_perturbed") else 0
     assert all(len(set(row.perturbed_answers)) == wrong for row in rows)
     assert all((row.paraphrased_answer is not None) == (wrong == 5) for row in rows)
 
 
-@pytest.mark.parametrize("forget, retain", data.TOFU_RETAIN.items())
-def test_tofu_forget_and_retain_rows_partition_the_full_set(tofu, forget, retain):
-    full, n = tofu("tofu_full"), ROWS[forget]
-    assert contents(tofu(f"tofu_{forget}")) == contents(full[-n:])
-    assert contents(tofu(f"tofu_{retain}")) == contents(full[:-n])
-    assert questions_and_answers(tofu(f"tofu_{forget}_perturbed")) == questions_and_answers(full[-n:])
-    assert contents(tofu(f"tofu_{forget}_perturbed")) == contents(tofu("tofu_forget10_perturbed")[-n:])
+@pytest.mark.parametrize("forget, retain", tofu.TOFU_RETAIN.items())
+def test_tofu_forget_and_retain_rows_partition_the_full_set(published, forget, retain):
+    full, n = published("tofu_full"), ROWS[forget]
+    assert contents(published(f"tofu_{forget}")) == contents(full[-n:])
+    assert contents(published(f"tofu_{retain}")) == contents(full[:-n])
+    assert questions_and_answers(published(f"tofu_{forget}_perturbed")) == questions_and_answers(full[-n:])
+    assert contents(published(f"tofu_{forget}_perturbed")) == contents(published("tofu_forget10_perturbed")[-n:])
 
 
-def test_tofu_facts_worth_relying_on(tofu):
-    full = tofu("tofu_full")
-    assert contents(tofu("tofu_forget05_perturbed")) == contents(tofu("tofu_forget10_perturbed[200:400]"))
-    assert questions_and_answers(tofu("tofu_retain_perturbed")) == questions_and_answers(full[:400])
+def test_tofu_facts_worth_relying_on(published):
+    full = published("tofu_full")
+    assert contents(published("tofu_forget05_perturbed")) == contents(published("tofu_forget10_perturbed[200:400]"))
+    assert questions_and_answers(published("tofu_retain_perturbed")) == questions_and_answers(full[:400])
     assert full[100].question == full[440].question and full[100].key != full[440].key
     assert sum("\n" in row.answer for row in full) == 4
     assert all(text == text.strip() for row in full for text in (row.question, row.answer))
 
 
-def test_tofu_labels_decode_to_the_answers(tofu, by_kind):
-    rows = tofu("tofu_forget10_perturbed[:40]") + tofu("tofu_full[:20]")
+def test_tofu_labels_decode_to_the_answers(published, by_kind):
+    rows = published("tofu_forget10_perturbed[:40]") + published("tofu_full[:20]")
     for tokenizer in by_kind.values():
         assert [tokenizer.decode(labels_of(e)) for e in tokenizer.encode_rows(rows)] == [row.answer for row in rows]
-
-
-@pytest.mark.parametrize("seed", [0, 7])
-def test_the_toy_authors_as_muse_news(tmp_path, seed):
-    """What can be forgotten is in the target's texts and no retain set; growing sets contain each other, the others not."""
-    folder = data.write_muse(tmp_path, data.toy_muse(seed))
-
-    def texts(name):
-        return set(data.load_texts(f"muse_news/{name}", folder))
-
-    for config, splits in data.MUSE_SPLITS.items():
-        for split in splits:
-            if (config, split) not in (("raw", "holdout"), ("privleak", "holdout")):
-                assert data.load_muse("news", config, split, folder)
-    whole, retained, never = texts("train/forget"), texts("raw/retain1") | texts("raw/retain2"), texts("privleak/holdout")
-    assert len(whole) == 24 * 5 and len(retained) == 36 * 5 and not whole & retained and not never & (whole | retained)
-    growing = [texts(f"scal/forget_{k}") for k in range(1, 5)]
-    assert [len(x) for x in growing] == [30, 60, 90, 120] and all(a < b for a, b in zip(growing, growing[1:], strict=False))
-    apart = [texts(f"sust/forget_{k}") for k in range(1, 5)]
-    assert set.union(*apart) == whole and sum(map(len, apart)) == 24 * 5
-    assert texts("raw/forget") == growing[0] == apart[0] > texts("privleak/forget")
-    asked = {split: data.load_muse("news", "knowmem", f"{split}_qa", folder) for split in ("forget", "retain")}
-    for split, source in (("forget", texts("raw/forget")), ("retain", retained)):
-        for r in asked[split]:
-            assert sum(f"Question: {r['question']}\nAnswer:  {r['answer']}" in text for text in source) == 4
-    for r in data.load_muse("news", "verbmem", "forget", folder):
-        assert any(f"{r['prompt']} {r['gt']}" in text for text in texts("raw/forget"))

@@ -5,6 +5,9 @@ B sequences, T positions, V vocabulary throughout. w and l are the preferred and
 
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -68,7 +71,27 @@ def pair_for(role, memory, forgetting):
 
 def swapped_roles(z, alpha=1.0, p=0.05, filter="both", center=False):
     """Where the pair made of z has its roles swapped."""
-    return dipo.dipo_scores(z, z, "forget", alpha, p, filter, center)[1]
+    objective = dipo.Objective(alpha=alpha, p=p, filter=filter, center=center)
+    return dipo.position_terms("dipo", "forget", objective, z, z)[2]
+
+
+def dot_product(z, z_ref, w, l, mask, beta=0.05):  # noqa: E741
+    """The margin of two distributions (probabilities) from the terms that train."""
+    return beta * dipo.margin_terms(z, z_ref, w, l).masked_fill(~mask, 0.0).sum(-1)
+
+
+def loss(name, z, mask, targets=None, z_ref=None, **options):
+    """The losses [B] of a row of the table."""
+    return dipo.sequence_losses(name, z, mask, targets=targets, ref_logits=z_ref, **options)[0]
+
+
+def nll(z, targets, mask):
+    return loss("gd", z, mask, targets)
+
+
+def dipo_margin(z, z_ref, mask, role="forget", beta=None, **pair):
+    """(u [B], where the roles swap [B, T])."""
+    return dipo.sequence_losses("dipo", z, mask, ref_logits=z_ref, role=role, beta=beta, **pair)[1:]
 
 
 def gradient(f, x):
@@ -191,11 +214,9 @@ def test_everything_is_finite_for_extreme_logits(values, dtype, masked):
     z_ref, mask = z.flip(1), torch.tensor([[True, not masked]])
     assert dipo.sequence_kl(*log_softmax(z, z_ref), mask).isfinite().all()
     for role in dipo.ROLES:
-        loss = dipo.bradley_terry_loss(dipo.dipo_margin(z, z_ref, mask, role)[0])
+        loss = dipo.bradley_terry_loss(dipo_margin(z, z_ref, mask, role)[0])
         assert loss.isfinite().all() and (loss >= 0).all()
-        assert (
-            gradient(lambda x, r=role: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, r)[0]), z).isfinite().all()
-        )
+        assert gradient(lambda x, r=role: dipo.bradley_terry_loss(dipo_margin(x, z_ref, mask, r)[0]), z).isfinite().all()
 
 
 def test_zero_times_minus_infinity_is_zero():
@@ -212,8 +233,8 @@ def test_what_stands_in_a_masked_position_never_matters():
         z = torch.tensor([[[1.0, 2.0], [garbage, garbage]]])
         clean = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]])
         assert_close(dipo.sequence_kl(*log_softmax(z, z), mask), torch.zeros(1))
-        assert_close(dipo.nll(z, torch.zeros(1, 2, dtype=torch.int64), mask), torch.tensor([math.log1p(math.e)]))
-        assert_close(dipo.dipo_margin(z, clean + 1, mask)[0], dipo.dipo_margin(clean, clean + 1, mask)[0])
+        assert_close(nll(z, torch.zeros(1, 2, dtype=torch.int64), mask), torch.tensor([math.log1p(math.e)]))
+        assert_close(dipo_margin(z, clean + 1, mask)[0], dipo_margin(clean, clean + 1, mask)[0])
 
 
 # ------------------------------------------------------------------------------------------------------- memory vector
@@ -406,7 +427,7 @@ def test_negative_logits_swap_the_roles_and_are_refused(case, role, pair_from):
     assert swapped_roles(z).all()
     with pytest.raises(dipo.SwappedRolesError, match="--center"):
         dipo.dipo_loss(z, z_ref, mask, role, pair_from=pair_from)
-    assert not (dipo.dipo_margin(z, z_ref, mask)[1] & ~mask).any()
+    assert not (dipo_margin(z, z_ref, mask)[1] & ~mask).any()
     dipo.dipo_loss(z, z_ref, mask, role, center=True)
 
 
@@ -425,8 +446,8 @@ def test_alpha_to_zero_leaves_the_policy_and_no_preference(case, role, filter):
     z, z_ref, mask = case
     for x in dipo.preference_pair(z, alpha=1e-15, filter=filter):
         assert_close(x.softmax(-1), z.softmax(-1), rtol=0, atol=1e-10)
-    u, _ = dipo.dipo_margin(z, z_ref, mask, role, alpha=1e-15, filter=filter)
-    grad = gradient(lambda x: dipo.dipo_margin(x, z_ref, mask, role, alpha=1e-15, filter=filter)[0], z)
+    u, _ = dipo_margin(z, z_ref, mask, role, alpha=1e-15, filter=filter)
+    grad = gradient(lambda x: dipo_margin(x, z_ref, mask, role, alpha=1e-15, filter=filter)[0], z)
     assert u.abs().max() < 1e-6 and grad.abs().max() < 1e-11
 
 
@@ -477,7 +498,7 @@ def test_four_sequence_kls_are_one_dot_product(case, beta, seed):
     z, z_ref, mask = case
     w, l = any_pair(z, seed)  # noqa: E741
     u = dipo.reward_margin(*log_softmax(z, z_ref), w, l, mask, beta)
-    close(u, dipo.reward_margin_from_logits(z, z_ref, w.exp(), l.exp(), mask, beta), z)
+    close(u, dot_product(z, z_ref, w.exp(), l.exp(), mask, beta), z)
     close(u, beta * (((w.exp() - l.exp()) * (z - z_ref)).sum(-1) * mask).sum(-1), z)
 
 
@@ -489,11 +510,11 @@ def test_dipo_is_eq_14_for_the_pair_of_its_role(case, filter, role, pair_from, b
     w, l = log_softmax(*pair_for(role, memory, forgetting))  # noqa: E741
     expected = dipo.reward_margin(*log_softmax(z, z_ref), w, l, mask, beta)
     options = {"alpha": alpha, "p": p, "filter": filter, "center": center, "pair_from": pair_from}
-    u, swapped = dipo.dipo_margin(z, z_ref, mask, role, beta, **options)
+    u, swapped = dipo_margin(z, z_ref, mask, role, beta, **options)
     close(u, expected, z)
     if swapped.sum() <= dipo.SWAP_LIMIT * mask.sum():
         close(dipo.dipo_loss(z, z_ref, mask, role, beta, **options), torch.logaddexp(torch.zeros_like(u), -expected), z)
-    mean, _ = dipo.dipo_margin(z, z_ref, mask, role, beta, **options, reduction="mean")
+    mean, _ = dipo_margin(z, z_ref, mask, role, beta, **options, reduction="mean")
     close(mean * mask.sum(-1).clamp(min=1), u, z)
 
 
@@ -502,17 +523,18 @@ def test_defaults_are_the_papers():
     z, z_ref = torch.randn(2, 2, 3, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs() * 4
     mask = torch.tensor([[True, True, True], [True, False, False]])
     paper = {"beta": 0.05, "alpha": 1.0, "p": 0.05, "filter": "both", "center": False, "pair_from": "policy"}
-    u, _ = dipo.dipo_margin(z, z_ref, mask, "forget", **paper, reduction="sum")
-    assert torch.equal(dipo.dipo_margin(z, z_ref, mask)[0], u)
+    u, _ = dipo_margin(z, z_ref, mask, "forget", **paper, reduction="sum")
+    assert torch.equal(dipo.sequence_losses("dipo", z, mask, ref_logits=z_ref)[1], u)
+    assert torch.equal(dipo_margin(z, z_ref, mask)[0], u)
     assert torch.equal(dipo.dipo_loss(z, z_ref, mask), dipo.bradley_terry_loss(u))
     memory, forgetting = dipo.preference_pair(z, 1.0, 0.05, "both", False)
     assert torch.equal(dipo.preference_pair(z)[0], memory) and torch.equal(dipo.preference_pair(z)[1], forgetting)
     assert torch.equal(dipo.memory_vector(z), dipo.memory_vector(z, 0.05, "both", False))
     w, l = log_softmax(forgetting, memory)  # noqa: E741
     close(dipo.reward_margin(*log_softmax(z, z_ref), w, l, mask), u)
-    close(dipo.reward_margin_from_logits(z, z_ref, w.exp(), l.exp(), mask), u)
+    close(dot_product(z, z_ref, w.exp(), l.exp(), mask), u)
     targets = torch.zeros_like(mask, dtype=torch.int64)
-    assert torch.equal(dipo.npo_loss(z, z_ref, targets, mask), dipo.npo_loss(z, z_ref, targets, mask, 0.1))
+    assert torch.equal(loss("npo", z, mask, targets, z_ref), loss("npo", z, mask, targets, z_ref, beta=0.1))
 
 
 @given(cases(), ROLES, FILTERS, SOURCES, BETAS)
@@ -529,7 +551,7 @@ def test_at_the_reference_the_margin_is_zero_and_the_loss_log_two(case, role, fi
 def test_reversed_roles_negate_the_margin_and_the_losses_conflict_on_shared_states(case, filter, beta):
     """L_f + L_r = 2 log(2 cosh(u / 2))."""
     z, z_ref, mask = case
-    forget, retain = (dipo.dipo_margin(z, z_ref, mask, role, beta, filter=filter)[0] for role in dipo.ROLES)
+    forget, retain = (dipo_margin(z, z_ref, mask, role, beta, filter=filter)[0] for role in dipo.ROLES)
     assert torch.equal(forget, -retain)
     total = dipo.bradley_terry_loss(forget) + dipo.bradley_terry_loss(retain)
     assert_close(total, 2 * torch.logaddexp(forget / 2, -forget / 2))
@@ -564,14 +586,12 @@ def test_margin_ignores_what_softmax_ignores_but_the_raw_pair_does_not(case, rol
     w, l = any_pair(z, seed)  # noqa: E741
     u = dipo.reward_margin(*log_softmax(z, z_ref), w, l, mask)
     assert_close(dipo.reward_margin(*log_softmax(z + c, z_ref + d), w, l, mask), u, rtol=1e-9, atol=1e-9)
-    dot = dipo.reward_margin_from_logits(z + c, z_ref + d, w.exp(), l.exp(), mask)
+    dot = dot_product(z + c, z_ref + d, w.exp(), l.exp(), mask)
     assert_close(dot, u, rtol=1e-9, atol=1e-9)
-    centred = [
-        dipo.dipo_margin(x, y, mask, role, filter=filter, center=True)[0] for x, y in ((z, z_ref), (z + c, z_ref + d))
-    ]
+    centred = [dipo_margin(x, y, mask, role, filter=filter, center=True)[0] for x, y in ((z, z_ref), (z + c, z_ref + d))]
     assert_close(*centred, rtol=1e-9, atol=1e-9)
     z, z_ref = torch.tensor([[[3.0, 1.0, 0.0]], [[0.0, 2.0, 0.0]]])[:, None]
-    assert (dipo.dipo_margin(z, z_ref, ANY_MASK)[0] - dipo.dipo_margin(z + 5, z_ref, ANY_MASK)[0]).abs() > 0.01
+    assert (dipo_margin(z, z_ref, ANY_MASK)[0] - dipo_margin(z + 5, z_ref, ANY_MASK)[0]).abs() > 0.01
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -612,8 +632,8 @@ def test_gradient_is_the_closed_form_and_bounded_by_beta(case, role, beta, filte
     expected = -beta * torch.sigmoid(-u)[:, None, None] * (pair[0].exp() - pair[1].exp()) * mask[..., None]
     forms = {
         "four KLs": lambda x: dipo.reward_margin(*log_softmax(x, ref), w, l, mask, beta),
-        "dot product": lambda x: dipo.reward_margin_from_logits(x, ref, w.exp(), l.exp(), mask, beta),
-        "dipo": lambda x: dipo.dipo_margin(x, ref, mask, role, beta, filter=filter)[0],
+        "dot product": lambda x: dot_product(x, ref, w.exp(), l.exp(), mask, beta),
+        "dipo": lambda x: dipo_margin(x, ref, mask, role, beta, filter=filter)[0],
     }
     for form in forms.values():
         x = z.clone().requires_grad_()
@@ -708,7 +728,7 @@ def test_a_step_down_the_loss_moves_away_from_pi_l_and_towards_pi_w(case, role, 
     mask = mask & ~swapped_roles(z, alpha, p, filter, center)
     w, l = log_softmax(*pair_for(role, memory, forgetting))  # noqa: E741
     options = {"role": role, "filter": filter, "p": p, "alpha": alpha, "center": center}
-    g = -gradient(lambda x: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, **options)[0]), z)
+    g = -gradient(lambda x: dipo.bradley_terry_loss(dipo_margin(x, z_ref, mask, **options)[0]), z)
     g = g / g.abs().amax((-1, -2), keepdim=True).clamp(min=1e-200)
 
     def distances(x):
@@ -792,9 +812,10 @@ def test_nll_is_cross_entropy_and_ignores_padding(case):
     z, _, mask = case
     targets = targets_for(mask, z.shape[-1])
     expected = (F.cross_entropy(z.transpose(1, 2), targets, reduction="none") * mask).sum(-1)
-    close(dipo.nll(z, targets, mask), expected, z)
+    close(nll(z, targets, mask), expected, z)
+    close(loss("ga", z, mask, targets), -expected, z)
     garbage = torch.where(mask[..., None], z, 1e4)
-    close(dipo.nll(garbage, targets, mask), expected, z)
+    close(nll(garbage, targets, mask), expected, z)
 
 
 @given(MODERATE, st.floats(0.01, 2.0))
@@ -802,15 +823,14 @@ def test_nll_is_cross_entropy_and_ignores_padding(case):
 def test_npo_has_its_published_gradient_weight_and_tends_to_gradient_ascent(case, beta):
     z, z_ref, mask = case
     targets, ref = targets_for(mask, z.shape[-1]), z_ref.clone().requires_grad_()
-    ascent = gradient(lambda x: -dipo.nll(x, targets, mask), z)
-    close_to_ascent = gradient(lambda x: dipo.npo_loss(x, ref, targets, mask, 1e-9), z)
+    ascent = gradient(lambda x: -nll(x, targets, mask), z)
+    close_to_ascent = gradient(lambda x: loss("npo", x, mask, targets, ref, beta=1e-9), z)
     assert_close(close_to_ascent, ascent, rtol=1e-5, atol=1e-8)
-    p, p_ref = ((-beta * dipo.nll(x, targets, mask)).exp() for x in (z, z_ref))
+    p, p_ref = ((-beta * nll(x, targets, mask)).exp() for x in (z, z_ref))
     weight = (2 * p / (p + p_ref))[:, None, None]
-    assert_close(gradient(lambda x: dipo.npo_loss(x, ref, targets, mask, beta), z), weight * ascent)
-    close(dipo.npo_loss(z, z_ref, targets, mask, beta), 2 / beta * torch.log1p(p / p_ref), z)
-    loss = dipo.npo_loss(z.requires_grad_(), ref, targets, mask, beta).sum()
-    loss.backward()
+    assert_close(gradient(lambda x: loss("npo", x, mask, targets, ref, beta=beta), z), weight * ascent)
+    close(loss("npo", z, mask, targets, z_ref, beta=beta), 2 / beta * torch.log1p(p / p_ref), z)
+    loss("npo", z.requires_grad_(), mask, targets, ref, beta=beta).sum().backward()
     assert ref.grad is None
 
 
@@ -819,12 +839,12 @@ def test_npo_has_its_published_gradient_weight_and_tends_to_gradient_ascent(case
 def test_simnpo_has_its_published_gradient_weight(case, beta):
     z, _, mask = case
     targets, n = targets_for(mask, z.shape[-1]), mask.sum(-1).clamp(min=1)
-    ascent = gradient(lambda x: -dipo.nll(x, targets, mask), z)
-    per_token = dipo.nll(z, targets, mask) / n
+    ascent = gradient(lambda x: -nll(x, targets, mask), z)
+    per_token = nll(z, targets, mask) / n
     weight = 2 / n * torch.sigmoid(-beta * per_token)
-    assert_close(gradient(lambda x: dipo.simnpo_loss(x, targets, mask, beta), z), weight[:, None, None] * ascent)
-    close(dipo.simnpo_loss(z, targets, mask, beta), 2 / beta * torch.log1p((-beta * per_token).exp()), z)
-    assert torch.equal(dipo.simnpo_loss(z, targets, mask), dipo.simnpo_loss(z, targets, mask, 4.5))
+    assert_close(gradient(lambda x: loss("simnpo", x, mask, targets, beta=beta), z), weight[:, None, None] * ascent)
+    close(loss("simnpo", z, mask, targets, beta=beta), 2 / beta * torch.log1p((-beta * per_token).exp()), z)
+    assert torch.equal(loss("simnpo", z, mask, targets), loss("simnpo", z, mask, targets, beta=4.5))
 
 
 @given(st.tuples(*[st.floats(-80, 0)] * 4), st.floats(0.01, 2.0))
@@ -833,10 +853,16 @@ def test_dpo_is_the_preference_of_the_refusal(log_probs, beta):
     answer, answer_ref, refusal, refusal_ref = torch.tensor(log_probs, dtype=torch.float64)[:, None]
     rewards = beta * (refusal - refusal_ref), beta * (answer - answer_ref)
     preferred = rewards[0].exp() / (rewards[0].exp() + rewards[1].exp())
-    gaps = answer_ref - answer, refusal_ref - refusal
-    assert_close(dipo.dpo_loss(*gaps, beta), -2 / beta * preferred.log())
-    assert torch.equal(dipo.dpo_loss(gaps[0], 0 * gaps[0], beta), dipo.negative_preference_loss(gaps[0], beta))
-    assert torch.equal(dipo.dpo_loss(*gaps), dipo.dpo_loss(*gaps, 0.1))
+    gap, refusal_gap = answer_ref - answer, refusal_ref - refusal
+
+    def of_gaps(name, *gaps, beta=beta):
+        return dipo.losses_of_sums(name, dipo.Objective(name, beta=beta), torch.cat(gaps), [3] * len(gaps))[0]
+
+    assert_close(of_gaps("dpo", gap, refusal_gap), -2 / beta * preferred.log())
+    assert torch.equal(of_gaps("dpo", gap, 0 * gap), of_gaps("npo", gap))
+    assert torch.equal(of_gaps("dpo", gap, refusal_gap, beta=None), of_gaps("dpo", gap, refusal_gap, beta=0.1))
+    twice = of_gaps("dpo", gap, refusal_gap, refusal_gap, gap)  # answers and refusals take turns
+    assert torch.equal(twice, torch.cat([of_gaps("dpo", gap, refusal_gap), of_gaps("dpo", refusal_gap, gap)]))
 
 
 @given(MODERATE)
@@ -844,9 +870,9 @@ def test_dpo_is_the_preference_of_the_refusal(log_probs, beta):
 def test_kl_loss_is_the_distance_from_the_reference(case):
     z, z_ref, mask = case
     ref = z_ref.clone().requires_grad_()
-    loss = dipo.kl_loss(z.requires_grad_(), ref, mask)
-    close(loss, dipo.sequence_kl(*log_softmax(z_ref, z), mask))
-    loss.sum().backward()
+    distance = loss("kl", z.requires_grad_(), mask, z_ref=ref)
+    close(distance, dipo.sequence_kl(*log_softmax(z_ref, z), mask))
+    distance.sum().backward()
     assert ref.grad is None
     close(z.grad, (z.detach().softmax(-1) - z_ref.softmax(-1)) * mask[..., None])
 
@@ -864,10 +890,10 @@ def test_dipo_saturates_where_gradient_ascent_is_unbounded(case, seed):
     forgotten = -F.one_hot(targets, V).to(z.dtype)
 
     def dipo_loss(x):
-        return dipo.bradley_terry_loss(dipo.reward_margin_from_logits(x, z, w, l, mask))
+        return dipo.bradley_terry_loss(dot_product(x, z, w, l, mask))
 
     def ascent_loss(x):
-        return -dipo.nll(x, targets, mask)
+        return -nll(x, targets, mask)
 
     for far in (0.0, 10.0, 1e3, 1e5):
         u = 0.05 * far * ((w - l).square().sum(-1) * mask).sum(-1)
@@ -876,6 +902,79 @@ def test_dipo_saturates_where_gradient_ascent_is_unbounded(case, seed):
         assert (norm <= 0.05 * 2 * n * (-u).exp() + 1e-12).all()
     assert (ascent_loss(z + far * forgotten) <= -n * (far - 200)).all()
     close(gradient(ascent_loss, z + far * forgotten).abs().sum((-1, -2)), 2 * n.double())
+
+
+# ------------------------------------------------------------------------------------------------- the table of losses
+
+
+@pytest.mark.parametrize("name", dipo.LOSSES)
+@settings(max_examples=40)
+@given(cases(largest=100.0), ROLES, BETAS, st.booleans(), st.integers(0, 2**31))
+@claim("a loss of whole sequences is that of sums of its terms, computed wherever the positions stand", "Eq. 14")
+def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
+    """Positions of all sequences in any order and in two pieces; what is masked is not even looked at."""
+    z, z_ref, mask = (torch.cat([x, x.flip(1)]) for x in case)  # an even number of sequences, for those with a refusal
+    targets, objective = targets_for(mask, z.shape[-1]), dipo.Objective(name, beta=beta, reduction=("sum", "mean")[mean])
+    losses, margins, swapped = dipo.sequence_losses(
+        name, z, mask, ref_logits=z_ref, targets=targets, role=role, beta=beta, reduction=objective.reduction
+    )
+    order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
+    rows = mask.nonzero()[:, 0][order]
+    inputs = [x[mask][order] for x in (z, z_ref, targets)]
+    pieces = zip(*(x.tensor_split(2) for x in inputs), strict=True)
+    found = [dipo.position_terms(name, role, objective, *piece) for piece in pieces]
+    terms, nll_of, swapped_of = (torch.cat(x) for x in zip(*found, strict=True))
+    sums = torch.zeros(len(mask), dtype=z.dtype).index_add(0, rows, terms)
+    others, other_margins = dipo.losses_of_sums(name, objective, sums, mask.sum(-1).tolist())
+    close(losses, others, z)
+    assert (margins is None) == (other_margins is None) == (dipo.LOSSES[name].beta is None)
+    if margins is not None:
+        close(margins, other_margins, z)
+    assert swapped.sum() == swapped_of.sum() and (swapped_of.any() <= dipo.LOSSES[name].pair)
+    expected = F.cross_entropy(inputs[0], inputs[2], reduction="none")
+    close(nll_of, expected, z)
+    assert not nll_of.requires_grad and nll_of.shape == swapped_of.shape == terms.shape and swapped_of.dtype == torch.bool
+    assert dipo.position_terms("kl", role, objective, z, z_ref)[1].abs().max() == 0  # no targets
+    if name in ("npo", "simnpo", "dpo", "ga", "gd"):  # a part of the loss, and not computed again
+        assert dipo.LOSSES[name].term(dipo.States(z, z_ref, targets, role), objective).nll is not None
+
+
+def test_what_each_loss_is_of_and_needs():
+    """Of the table, what its formulas do not show."""
+    columns = {name: (row.beta, row.roles, row.reference, row.mean_over) for name, row in dipo.LOSSES.items()}
+    paired, refusing = ({name for name, row in dipo.LOSSES.items() if getattr(row, x)} for x in ("pair", "refusals"))
+    expected = {
+        "dipo": (0.05, ("forget", "retain"), True, "sequences"),
+        "npo": (0.1, ("forget",), True, "sequences"),
+        "simnpo": (4.5, ("forget",), False, "sequences"),
+        "dpo": (0.1, ("forget",), True, "sequences"),
+        "ga": (None, ("forget",), False, "tokens"),
+        "gd": (None, ("retain",), False, "tokens"),
+        "kl": (None, ("retain",), True, "tokens"),
+    }
+    assert {name: columns[name] for name in expected} == expected
+    assert paired & expected.keys() == {"dipo"} and refusing & expected.keys() == {"dpo"}
+    for role in dipo.ROLES:
+        assert dipo.losses_of(role) == tuple(name for name, row in dipo.LOSSES.items() if role in row.roles)
+    assert [dipo.LOSSES[name].divisor(3, 40) for name in ("dipo", "kl")] == [3, 40]
+
+
+@given(
+    st.sampled_from(dipo.losses_of("forget")), st.sampled_from([*dipo.losses_of("retain"), "none"]), BETAS, st.floats(0, 9)
+)
+@claim("the total objective is L_f + lambda L_r; beta is the forget loss's, and the retain loss's where that is the same")
+def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
+    objective = dipo.Objective(forget, retain, lam, beta)
+    terms = {"forget": (forget, 1.0), "retain": (retain, lam)}
+    assert objective.terms() == {role: term for role, term in terms.items() if term[0] != "none"}
+    defaults = {"dipo": 0.05, "npo": 0.1, "simnpo": 4.5, "dpo": 0.1}
+    assert objective.beta_of(forget) == (beta if forget in defaults else None)
+    for name, own in defaults.items():
+        assert name == forget or objective.beta_of(name) == own
+        assert dipo.Objective(forget, retain, lam).beta_of(name) == own
+    paper = dipo.Objective()
+    assert paper.terms() == {"forget": ("dipo", 1.0), "retain": ("dipo", 1.0)} and paper.beta_of("dipo") == 0.05
+    assert dipo.FINETUNING == {"finetune": ("gd", 1.0)}
 
 
 # ----------------------------------------------------------------------------------------------------------- precision
@@ -891,12 +990,12 @@ def test_gradcheck(case, role, seed):
     x = z.requires_grad_()
     for f in (
         lambda x: dipo.reward_margin(*log_softmax(x, z_ref), w, l, mask),
-        lambda x: dipo.reward_margin_from_logits(x, z_ref, w.exp(), l.exp(), mask),
+        lambda x: dot_product(x, z_ref, w.exp(), l.exp(), mask),
         lambda x: dipo.dipo_loss(x, z_ref, mask, role, pair_from="reference"),
-        lambda x: dipo.nll(x, targets, mask),
-        lambda x: dipo.npo_loss(x, z_ref, targets, mask),
-        lambda x: dipo.simnpo_loss(x, targets, mask),
-        lambda x: dipo.kl_loss(x, z_ref, mask),
+        lambda x: nll(x, targets, mask),
+        lambda x: loss("npo", x, mask, targets, z_ref),
+        lambda x: loss("simnpo", x, mask, targets),
+        lambda x: loss("kl", x, mask, z_ref=z_ref),
     ):
         assert torch.autograd.gradcheck(f, x)
 
@@ -912,17 +1011,17 @@ def test_half_precision_is_computed_in_float32(case, dtype, role):
         lambda a, b: dipo.dipo_loss(a, b, mask, role, pair_from="reference"),
         lambda a, b: dipo.sequence_kl(-a, -b, mask),
         lambda a, b: dipo.reward_margin(-a, -b, -b, -a, mask),
-        lambda a, b: dipo.reward_margin_from_logits(a, b, *(x.softmax(-1) for x in pair), mask),
-        lambda a, b: dipo.nll(a, targets, mask),
-        lambda a, b: dipo.npo_loss(a, b, targets, mask),
-        lambda a, b: dipo.simnpo_loss(a, targets, mask),
-        lambda a, b: dipo.kl_loss(a, b, mask),
+        lambda a, b: dot_product(a, b, *(x.softmax(-1) for x in pair), mask),
+        lambda a, b: nll(a, targets, mask),
+        lambda a, b: loss("npo", a, mask, targets, b),
+        lambda a, b: loss("simnpo", a, mask, targets),
+        lambda a, b: loss("kl", a, mask, z_ref=b),
         lambda a, b: dipo.memory_vector(a),
     ):  # fmt: skip
         half = f(z, z_ref)
         assert half.dtype == torch.float32
         assert torch.equal(half, f(z.float(), z_ref.float()))
-    for f in (dipo.memory_vector, lambda x: dipo.dipo_loss(x, x, mask, role), lambda x: dipo.nll(x, targets, mask)):
+    for f in (dipo.memory_vector, lambda x: dipo.dipo_loss(x, x, mask, role), lambda x: nll(x, targets, mask)):
         assert f(z.double()).dtype == torch.float64
 
 
@@ -936,11 +1035,11 @@ def test_all_of_it_at_a_real_vocabulary(case, filter, role):
     relative = z.softmax(-1) >= 0.05 * z.softmax(-1).amax(-1, keepdim=True)
     expected = {"rank": rank, "relative": relative, "both": rank & relative, "either": rank | relative}[filter]
     assert ((m != 0) != expected).sum() <= 1e-4 * m.numel()  # rounding at the relative threshold
-    u, _ = dipo.dipo_margin(z, z_ref, mask, role, filter=filter)
+    u, _ = dipo_margin(z, z_ref, mask, role, filter=filter)
     w, l = log_softmax(*pair_for(role, *dipo.preference_pair(z, filter=filter)))  # noqa: E741
     exact = dipo.reward_margin(*log_softmax(z.double(), z_ref.double()), w.double(), l.double(), mask)
     assert_close(u.double(), exact, rtol=1e-3, atol=1e-3)
-    g = gradient(lambda x: dipo.bradley_terry_loss(dipo.dipo_margin(x, z_ref, mask, role, filter=filter)[0]), z)
+    g = gradient(lambda x: dipo.bradley_terry_loss(dipo_margin(x, z_ref, mask, role, filter=filter)[0]), z)
     assert g.isfinite().all() and g.abs().max() <= 0.05 + 1e-6
 
 
@@ -952,47 +1051,92 @@ def test_all_of_it_at_a_real_vocabulary(case, filter, role):
 @claim("torch.compile changes no margin and no gradient beyond rounding", "ours")
 def test_compiled_equals_eager(case):
     z, z_ref, mask = case
-    compiled = torch.compile(dipo.dipo_margin, dynamic=True)
-    for got, want in zip(compiled(z, z_ref, mask), dipo.dipo_margin(z, z_ref, mask), strict=True):
+    compiled = torch.compile(dipo_margin, dynamic=True)
+    for got, want in zip(compiled(z, z_ref, mask), dipo_margin(z, z_ref, mask), strict=True):
         assert_close(got, want, rtol=1e-4, atol=1e-5)
-    got, want = (gradient(lambda x, f=f: f(x, z_ref, mask)[0], z) for f in (compiled, dipo.dipo_margin))
+    got, want = (gradient(lambda x, f=f: f(x, z_ref, mask)[0], z) for f in (compiled, dipo_margin))
     assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- wrong arguments
 
 
-@pytest.mark.parametrize("function", ["sequence_kl", "reward_margin", "reward_margin_from_logits", "dipo_loss", "kl_loss"])
-def test_every_argument_must_have_the_same_shape(function):
+SHAPED = {
+    "sequence_kl": (2, dipo.sequence_kl),
+    "reward_margin": (4, dipo.reward_margin),
+    "dipo_loss": (2, dipo.dipo_loss),
+    "kl": (2, lambda z, z_ref, mask: loss("kl", z, mask, z_ref=z_ref)),
+}
+
+
+@pytest.mark.parametrize("n, function", SHAPED.values(), ids=SHAPED)
+def test_every_argument_must_have_the_same_shape(n, function):
     z, mask = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool)
-    n = {"sequence_kl": 2, "reward_margin": 4, "reward_margin_from_logits": 4, "dipo_loss": 2, "kl_loss": 2}[function]
-    getattr(dipo, function)(*[z] * n, mask)
+    function(*[z] * n, mask)
     for wrong in range(n):
         for other in (z[..., :1], z[:1], z[:, :1], z[0]):  # all of them would broadcast
             with pytest.raises(AssertionError, match=r"^expected equal \[B, T, V\], got \["):
-                getattr(dipo, function)(*[other if i == wrong else z for i in range(n)], mask)
+                function(*[other if i == wrong else z for i in range(n)], mask)
     with pytest.raises(AssertionError, match=r"^mask \(2, 1\) does not fit \[B, T\] of \(2, 3, 5\)$"):
-        getattr(dipo, function)(*[z] * n, mask[:, :1])
+        function(*[z] * n, mask[:, :1])
     with pytest.raises(AssertionError, match="^mask must be bool, got torch.float32$"):
-        getattr(dipo, function)(*[z] * n, mask.float())
+        function(*[z] * n, mask.float())
 
 
 def test_wrong_values_and_shapes_are_told():
     z, mask, targets = torch.zeros(2, 3, 5), torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3, dtype=torch.int64)
     bad = [
         (lambda: dipo.dipo_loss(z, z[:, :2], mask), r"got \[\(2, 3, 5\), \(2, 2, 5\)\]$"),
-        (lambda: dipo.nll(z, targets, mask[:, :2]), r"^mask \(2, 2\) does not fit"),
-        (lambda: dipo.nll(z, targets[:, :1], mask), r"^targets \(2, 1\) and mask \(2, 3\) differ$"),
-        (lambda: dipo.npo_loss(z, z[..., :1], targets, mask), r"^expected equal \[B, T, V\], got \["),
+        (lambda: nll(z, targets, mask[:, :2]), r"^mask \(2, 2\) does not fit"),
+        (lambda: nll(z, targets[:, :1], mask), r"^targets \(2, 1\) and mask \(2, 3\) differ$"),
+        (lambda: loss("npo", z, mask, targets, z[..., :1]), r"^expected equal \[B, T, V\], got \["),
         (lambda: dipo.dipo_loss(z, z, mask, "remember"), "^role 'remember' is none of "),
-        (lambda: dipo.npo_loss(z[..., :1], z, targets, mask), r"^expected equal \[B, T, V\], got \["),
+        (lambda: loss("npo", z[..., :1], mask, targets, z), r"^expected equal \[B, T, V\], got \["),
         (lambda: dipo.memory_vector(z, filter="all"), "^filter 'all' is none of "),
         (lambda: dipo.memory_vector(z, p=0.0), "0 < p <= 1 expected, got"),
         (lambda: dipo.memory_vector(z, p=1.01), "0 < p <= 1 expected, got"),
         (lambda: dipo.memory_vector(torch.tensor(1.0)), "0 < p <= 1 expected, got"),
         (lambda: dipo.dipo_loss(z, z, mask, pair_from="target"), "^pair_from 'target' is neither"),
         (lambda: dipo.dipo_loss(z, z, mask, reduction="max"), "^reduction 'max' is neither"),
+        (lambda: loss("ga", z, mask), "^targets are needed: this loss is one of the answer's tokens$"),
     ]
     for call, message in bad:
         with pytest.raises(AssertionError, match=message):
             call()
+    unknown, forget, retain = (", ".join(names) for names in (dipo.LOSSES, *map(dipo.losses_of, dipo.ROLES)))
+    unknown = f"^loss 'remember' is none of {unknown}$"
+    for call, message in [
+        (lambda: loss("remember", z, mask), unknown),
+        (lambda: dipo.losses_of_sums("remember", dipo.Objective(), z[:, 0, 0], [3, 3]), unknown),
+        (lambda: dipo.Objective("remember").terms(), unknown),
+        (
+            lambda: dipo.Objective("kl").terms(),
+            "^loss 'kl' is none of the forget set, which are dipo, npo, simnpo, dpo, ga$",
+        ),
+        (lambda: dipo.Objective("ga", "ga").terms(), f"^loss 'ga' is none of the retain set, which are {retain}$"),
+        *(
+            (lambda n=n: loss(n, z, mask, targets), f"^loss '{n}' needs the reference's logits$")
+            for n in ("dipo", "kl", "dpo")
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_dipo_needs_torch_alone():
+    """No library of this project beside it, no other module of it."""
+    program = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(sys.argv[1:])  # None: not to be imported
+        import torch
+        from dipo import dipo_loss
+
+        z = torch.ones(1, 2, 3)
+        print(dipo_loss(z, z, torch.ones(1, 2, dtype=torch.bool)).item())
+    """
+    root = Path(dipo.__file__).parent
+    others = ["safetensors", "tokenizers", "huggingface_hub", "tqdm"]
+    others += [path.stem for path in root.glob("*.py") if path.stem != "dipo"]
+    done = subprocess.run([sys.executable, "-c", program, *others], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(math.log(2))

@@ -6,6 +6,7 @@ huggingface_hub reads its environment when it is imported, so that every check r
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import pytest
 import torch
 
 import eval as evaluation
-from data import parse_rows, toy_world, train_toy_tokenizer
+from data import parse_rows
 from model import TOKENIZER_FILES, Llama, LlamaConfig, load_pretrained, save_pretrained
+from tofu import evaluation_sets
+from toy import toy_world, train_toy_tokenizer
 
 ROOT = Path(evaluation.__file__).parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,6 +30,8 @@ MODEL, TARGET = "acme/tiny-llama", "open-unlearning/tofu_Llama-2-7b-chat-hf_full
 TOFU, LOGS = "datasets/locuslab/TOFU", "datasets/open-unlearning/eval"
 RETAIN_LOG = "tofu_Llama-2-7b-chat-hf_retain90/TOFU_EVAL.json"
 RATIOS = [0.5, 0.25, 1.5]
+EVALUATED = {f"{spec.removeprefix('tofu_')}.json" for spec in evaluation_sets("tofu_forget10").values()}
+TOKENS = 61  # of the model's, for its logits
 
 # ----------------------------------------------------------------------------------------------------------- the hub
 
@@ -89,18 +94,23 @@ def files_of(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> dict[str, Path]:
-    """What the hub holds: a model with a pickle and code beside it, a TOFU file, an evaluation log."""
+    """What the hub holds: a model with a pickle and code beside it, TOFU's files, an evaluation log."""
     folder = tmp_path_factory.mktemp("hub")
-    config = LlamaConfig(61, 32, 48, 2, 4, 2, 8, initializer_range=0.3)
-    save_pretrained(Llama(config).init_weights(seed=0), folder / "model")
+    config = LlamaConfig(400, 32, 48, 2, 4, 2, 8, initializer_range=0.3)
+    tokenizer = train_toy_tokenizer(0, folder / "tokenizer", vocab_size=400)
+    save_pretrained(Llama(config).init_weights(seed=0), folder / "model", tokenizer)
     for name in TOKENIZER_FILES:
-        (folder / "model" / name).write_text("{}")
+        if not (folder / "model" / name).exists():
+            (folder / "model" / name).write_text("{}")
     for name in ("pytorch_model.bin", "modeling_llama.py", "original/consolidated.00.pth"):
         (folder / "model" / name).parent.mkdir(exist_ok=True)
         (folder / "model" / name).write_text("raise SystemExit('this must never be loaded')")
     (folder / "tofu").mkdir()
     rows = [{"question": f"Who is number {i}?", "answer": f"Number {i} is \u00e9t\u00e9."} for i in range(5)]
-    (folder / "tofu" / "forget10.json").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("forget10.json", "full.json"):
+        (folder / "tofu" / name).write_text("\n".join(map(json.dumps, rows)))
+    for name in EVALUATED:
+        (folder / "tofu" / name).write_text(json.dumps(rows[0] | {"perturbed_answer": ["Number 7."]}))
     (folder / "eval" / RETAIN_LOG).parent.mkdir(parents=True)
     scores = {str(i): {"score": ratio} for i, ratio in enumerate(RATIOS)}
     (folder / "eval" / RETAIN_LOG).write_text(json.dumps({"forget_truth_ratio": {"value_by_index": scores}}))
@@ -127,21 +137,23 @@ def closed() -> str:
 # --------------------------------------------------------------------------------------------------------- processes
 
 # What the programs below share.
-PRELUDE = """
+PRELUDE = (
+    f"TOKENS = {TOKENS}"
+    + """
 import json, sys
 import torch
-import data, eval, model
+import data, eval, inference, logs, model, tofu
 
 def logits(name):
-    llama = model.load_pretrained(name)
-    return llama(torch.arange(llama.config.vocab_size)[None]).tolist()
+    return model.load_pretrained(name)(torch.arange(TOKENS)[None]).tolist()
 
 def rows(spec, data_dir=None):
-    return [(r.key, r.question, r.answer) for r in data.load_rows(spec, data_dir)]
+    return [(r.key, r.question, r.answer) for r in tofu.load_rows(spec, data_dir)]
 
 def reference(data_dir=None):
-    log, where = eval.retain_reference("llama2-7b", "tofu_forget10", None, None, data_dir)
-    return [log and eval.truth_ratios(log), where]
+    benchmark = tofu.Tofu(inference.Options("tofu_forget10", data_dir))
+    log, where = benchmark.reference("llama2-7b", None, None)
+    return [log and logs.truth_ratios(log), where]
 
 def error(function, *args):
     try:
@@ -149,6 +161,7 @@ def error(function, *args):
     except (model.ModelError, data.DataError) as e:
         return [type(e).__name__, str(e)]
 """
+)
 
 
 def in_process(program: str, home: Path, hub_url: str, **environment: str) -> dict:
@@ -171,11 +184,11 @@ def in_process(program: str, home: Path, hub_url: str, **environment: str) -> di
 
 
 EVERYTHING = f"""
-source, prompt = eval.resolve_model("llama2-7b", "target")
+source = eval.open_source("llama2-7b", "target")
 print(json.dumps({{
     "logits": logits("{MODEL}"),
     "rows": rows("tofu_forget10[:3]"),
-    "target": [source, prompt, logits(source)],
+    "target": [source.name, source.tokenizer.format_name, logits(source.name)],
     "reference": reference(),
 }}))
 """
@@ -196,7 +209,7 @@ def online(hub, home) -> dict:
 def expected_logits(repositories) -> list:
     llama = load_pretrained(repositories[MODEL])
     with torch.no_grad():
-        return llama(torch.arange(llama.config.vocab_size)[None]).tolist()
+        return llama(torch.arange(TOKENS)[None]).tolist()
 
 
 def close(a: list, b: list) -> bool:
@@ -219,11 +232,11 @@ def test_no_pickle_and_no_code_is_ever_asked_for(online, hub, repositories):
 def test_rows_of_tofu_are_downloaded_and_sliced(online, hub, repositories):
     rows = parse_rows(repositories[TOFU] / "forget10.json", "tofu_forget10")[:3]
     assert online["rows"] == [[r.key, r.question, r.answer] for r in rows]
-    assert hub.fetched(TOFU) == {"forget10.json"}
+    assert hub.fetched(TOFU) == {"forget10.json"} | EVALUATED < set(files_of(repositories[TOFU]))
 
 
 def test_an_alias_is_its_target_model_and_its_retain_log(online, hub, expected_logits):
-    assert evaluation.resolve_model("llama2-7b", "target") == (TARGET, "llama2")
+    assert evaluation.resolve_model("llama2-7b", "target") == TARGET
     source, prompt, logits = online["target"]
     assert (source, prompt) == (TARGET, "llama2")
     assert close(logits, expected_logits)
@@ -238,7 +251,7 @@ def test_everything_works_offline_once_it_was_downloaded(online, hub, home):
 
 
 def test_the_data_folder_is_used_before_the_hub(hub, repositories, tmp_path):
-    (tmp_path / "TOFU").mkdir()
+    shutil.copytree(repositories[TOFU], tmp_path / "TOFU")
     (tmp_path / "TOFU" / "forget10.json").write_text('{"question": "Here?", "answer": "Here."}')
     log = tmp_path / LOGS.removeprefix("datasets/") / RETAIN_LOG
     log.parent.mkdir(parents=True)
@@ -324,12 +337,13 @@ def test_a_filled_cache_is_enough(closed, repositories, tmp_path, expected_logit
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
-def test_without_hub_and_cache_one_line_says_what_to_place_where(closed, tmp_path, offline):
+def test_without_hub_and_cache_one_line_says_what_to_place_where(closed, repositories, tmp_path, offline):
+    shutil.copytree(repositories[TOFU], tmp_path / "data" / "TOFU")
     program = f"""
 print(json.dumps([
     error(logits, "{MODEL}"),
     error(rows, "tofu_forget10[:3]"),
-    reference(),
+    reference({str(tmp_path / "data")!r}),
 ]))
 """
     for_model, for_data, (ratios, why) = in_process(program, tmp_path, closed, HF_HUB_OFFLINE=offline)

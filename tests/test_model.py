@@ -13,6 +13,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -29,6 +30,7 @@ from model import (
     ModelError,
     generate,
     load_pretrained,
+    read_config,
     rope_frequencies,
     save_pretrained,
 )
@@ -147,7 +149,7 @@ def test_logits_at_positions_are_the_slice_of_all_logits(name, B, T, data):
 def test_logits_are_the_head_of_the_hidden_states(name, ids):
     model = tiny(name)
     with torch.no_grad():
-        hidden = model.hidden(torch.tensor([ids]))
+        hidden = model.hidden_states(torch.tensor([ids]))
     assert hidden.shape == (1, len(ids), model.config.hidden_size) and hidden.dtype == model.compute_dtype
     assert torch.equal(model.lm_head(hidden), logits_of(model, ids))
 
@@ -430,8 +432,8 @@ def test_sharded_checkpoints_equal_transformers_in_both_directions(tmp_path, mon
     reference = random_reference()
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     ours = load_pretrained(tmp_path / "theirs")
-    save = model_module.save_torch_state_dict
-    monkeypatch.setattr(model_module, "save_torch_state_dict", lambda *a, **k: save(*a, **k, max_shard_size="20KB"))
+    save = huggingface_hub.save_torch_state_dict
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: save(*a, **k, max_shard_size="20KB"))
     save_pretrained(ours, tmp_path / "ours")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").float()
     for folder in ("theirs", "ours"):
@@ -485,10 +487,10 @@ def write_json(path: Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-def read_config(folder: Path, raw: dict) -> LlamaConfig:
+def config_of(folder: Path, raw: dict) -> LlamaConfig:
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", raw)
-    return LlamaConfig.from_folder(folder)
+    return read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -503,7 +505,7 @@ def test_all_ways_to_write_rope_give_the_same_config(tmp_path, rope_keys):
     plain = TINY.to_dict(torch.float32)
     del plain["rope_theta"], plain["rope_scaling"]
     expected = dataclasses.replace(TINY, rope_theta=500000.0, rope_scaling=LLAMA3_ROPE)
-    assert read_config(tmp_path, plain | rope_keys) == expected
+    assert config_of(tmp_path, plain | rope_keys) == expected
     reference = transformers.LlamaConfig.from_pretrained(tmp_path)
     if hasattr(reference, "rope_parameters"):  # transformers 5
         assert reference.rope_parameters == LLAMA3_ROPE | {"rope_theta": 500000.0}
@@ -511,13 +513,13 @@ def test_all_ways_to_write_rope_give_the_same_config(tmp_path, rope_keys):
 
 @pytest.mark.parametrize("kind", [{"type": "default"}, {"rope_type": "default"}, None])
 def test_default_rope_is_no_scaling(tmp_path, kind):
-    assert read_config(tmp_path, TINY.to_dict(torch.float32) | {"rope_scaling": kind}) == TINY
+    assert config_of(tmp_path, TINY.to_dict(torch.float32) | {"rope_scaling": kind}) == TINY
 
 
 def test_absent_optional_keys_have_transformers_defaults(tmp_path):
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     raw = {"model_type": "llama"} | {k: v for k, v in TINY.to_dict(torch.float32).items() if k in sizes}
-    config, reference = read_config(tmp_path, raw), transformers.LlamaConfig.from_pretrained(tmp_path)
+    config, reference = config_of(tmp_path, raw), transformers.LlamaConfig.from_pretrained(tmp_path)
     for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(config, key) == getattr(reference, key), key
     assert config.rope_theta == 10000.0
@@ -531,14 +533,14 @@ def test_generation_config_tells_the_stop_tokens_before_config(tmp_path, in_conf
     if in_generation_config is not None:
         raw = {"eos_token_id": in_generation_config} if in_generation_config else {}
         write_json(tmp_path / "generation_config.json", raw)
-    assert read_config(tmp_path, TINY.to_dict(torch.float32) | {"eos_token_id": in_config}).eos_token_ids == expected
+    assert config_of(tmp_path, TINY.to_dict(torch.float32) | {"eos_token_id": in_config}).eos_token_ids == expected
 
 
 @pytest.mark.parametrize("eos", [(), (5,), (5, 6, 7)])
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_a_saved_config_reads_back_as_it_was(tmp_path, name, eos):
     config = dataclasses.replace(TINY_CONFIGS[name], eos_token_ids=eos)
-    assert read_config(tmp_path, config.to_dict(torch.float32)) == config
+    assert config_of(tmp_path, config.to_dict(torch.float32)) == config
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -663,7 +665,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch
         (Path(folder) / "model.safetensors").write_bytes(b"half of a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_module, "save_torch_state_dict", full)
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
     with pytest.raises(ModelError) as error:
         save_pretrained(tiny(), tmp_path / "saved")
     assert_clear(error, str(tmp_path / "saved"), "No space left on device")
@@ -704,6 +706,23 @@ def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
     assert 0.9 * size < int(run.stdout) < 1.2 * size
 
 
+def test_reading_and_computing_need_torch_and_safetensors_alone(checkpoint):
+    program = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(("huggingface_hub", "tokenizers", "tqdm", "transformers"))  # None: not to be imported
+        import torch
+        import model
+
+        llama = model.load_pretrained(sys.argv[1])
+        print(llama(torch.tensor([[1, 2, 3]])).argmax(-1).tolist(), model.generate(llama, [[1, 2, 3]], 4))
+        model.load_pretrained("owner/name")
+    """
+    run = subprocess.run([sys.executable, "-c", program, checkpoint], cwd=ROOT, capture_output=True, text=True)
+    ours = tiny("llama2")
+    assert run.stdout.strip() == f"{logits_of(ours, [1, 2, 3]).argmax(-1).tolist()} {generate(ours, [[1, 2, 3]], 4)}"
+    assert "ModelError: owner/name: " in run.stderr and "huggingface_hub" in run.stderr.splitlines()[-1]
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -731,10 +750,11 @@ def test_refuses_a_folder_without_config(checkpoint):
     assert_refused(checkpoint, str(checkpoint / "config.json"), "no such file", "tokenizer.json")
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "llama"', "", "\ufffe", "[1, 2]"])
-def test_refuses_a_broken_config(checkpoint, text):
-    (checkpoint / "config.json").write_text(text, encoding="utf-16" if text == "\ufffe" else "utf-8")
-    assert_refused(checkpoint, str(checkpoint / "config.json"), "JSON")
+@pytest.mark.parametrize("content", [b'{"model_type": "llama"', b"", b"\xff\xfe\xfe\xff", b"[1, 2]"])
+def test_refuses_a_broken_config(checkpoint, content):
+    (checkpoint / "config.json").write_bytes(content)
+    text = "UTF-8 text" if content.startswith(b"\xff") else "JSON"
+    assert_refused(checkpoint, str(checkpoint / "config.json"), text, "a model folder holds config.json")
 
 
 @pytest.mark.parametrize(
@@ -742,7 +762,7 @@ def test_refuses_a_broken_config(checkpoint, text):
 )
 def test_refuses_a_config_that_lacks_a_key(checkpoint, key):
     change_json(checkpoint / "config.json", **{key: None})
-    assert_refused(checkpoint, str(checkpoint / "config.json"), f"'{key}' is missing")
+    assert_refused(checkpoint, str(checkpoint / "config.json"), f"lacks {key};")
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gpt2", None])
@@ -858,7 +878,7 @@ def test_refuses_an_index_that_points_outside_its_folder(tmp_path, shards, shard
 
 def test_refuses_a_missing_shard(shards):
     (shards / "model-2.safetensors").unlink()
-    assert_refused(shards, str(shards / "model-2.safetensors"), "no such file", "download it again")
+    assert_refused(shards, str(shards / "model-2.safetensors"), "No such file", "download it again")
 
 
 def test_refuses_a_truncated_shard(shards):

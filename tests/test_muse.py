@@ -17,17 +17,23 @@ from hypothesis import strategies as st
 pytest.importorskip("scipy")
 pytest.importorskip("rouge_score")
 
+import helpers
+from helpers import write_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
-from test_eval import error_of as error_of_kind
 
 import data
-import eval
+import inference
+import logs
+import metrics
+import muse
+import toy
 from data import DataError
-from eval import EvalError
-from model import Llama, LlamaConfig, save_pretrained
+from inference import Options, memorization, score_answers
+from metrics import EvalError
+from model import Llama
 
-error_of = functools.partial(error_of_kind, kind=DataError)
+error_of = functools.partial(helpers.error_of, kind=DataError)
 
 LETTERS = st.sampled_from("abcdefgh A.,'?\n\né👩")
 TEXTS = st.lists(st.text(LETTERS, max_size=60), min_size=1, max_size=4).filter(lambda texts: "".join(texts).strip())
@@ -35,11 +41,11 @@ LENGTHS = st.integers(2, 12)
 LOG_PROBS = st.lists(st.floats(-30, 0), min_size=3, max_size=60)
 SCORES = st.lists(st.integers(-20, 20).map(float), min_size=1, max_size=12)
 SENTENCES = st.text(st.sampled_from("abc XYZ running runs ran's\n.,é1"), max_size=60)
-ALL = [(config, split) for config, splits in data.MUSE_SPLITS.items() for split in splits]
+ALL = [(config, split) for config, splits in muse.MUSE_SPLITS.items() for split in splits]
 
 
 def rows_of(config: str, n: int = 3) -> list[dict[str, str]]:
-    return [{column: f"{column} é\n\n{i}" for column in data.MUSE_COLUMNS[config]} for i in range(n)]
+    return [{column: f"{column} é\n\n{i}" for column in muse.MUSE_COLUMNS[config]} for i in range(n)]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -65,7 +71,7 @@ def no_hub(monkeypatch):
     def unreachable(repo, name, remedy):
         raise DataError(f"{repo}/{name}: the hub gave nothing; {remedy}")
 
-    monkeypatch.setattr(data, "hub_file", unreachable)
+    monkeypatch.setattr(muse, "hub_file", unreachable)
 
 
 @pytest.mark.parametrize("config, split", ALL)
@@ -74,35 +80,35 @@ def test_every_config_and_split_is_read_from_every_layout(tmp_path, no_hub, conf
     rows = rows_of(config)
     write = write_json if ending == ".json" else write_parquet
     write(tmp_path / "MUSE-News" / config / (split + ending), [row | {"extra": "1"} for row in rows])
-    assert data.load_muse("news", config, split, tmp_path) == rows
+    assert muse.load_muse("news", config, split, tmp_path) == rows
 
 
-@pytest.mark.parametrize("config", [c for c, columns in data.MUSE_COLUMNS.items() if columns == ("text",)])
+@pytest.mark.parametrize("config", [c for c, columns in muse.MUSE_COLUMNS.items() if columns == ("text",)])
 def test_texts_may_be_an_array_of_strings(tmp_path, config):
-    split, rows = data.MUSE_SPLITS[config][0], rows_of(config)
+    split, rows = muse.MUSE_SPLITS[config][0], rows_of(config)
     write_json(tmp_path / "MUSE-News" / config / f"{split}.json", [row["text"] for row in rows])
-    assert data.load_muse("news", config, split, tmp_path) == rows
+    assert muse.load_muse("news", config, split, tmp_path) == rows
 
 
 def test_a_text_file_is_one_document_and_its_blank_lines_are_those_between_documents(tmp_path):
     texts = ["One.", "Two é.", "", "Three."]
     write_json(tmp_path / "MUSE-Books" / "raw" / "forget.txt", "\n\n".join(texts))
-    [row] = data.load_muse("books", "raw", "forget", tmp_path)
+    [row] = muse.load_muse("books", "raw", "forget", tmp_path)
     assert row == {"text": "\n\n".join(texts)}
 
 
 def test_only_running_text_is_read_from_a_text_file(tmp_path, no_hub):
     write_json(tmp_path / "MUSE-News" / "privleak" / "forget.txt", "One.")
-    assert "hub" in error_of(data.load_muse, "news", "privleak", "forget", tmp_path)
+    assert "hub" in error_of(muse.load_muse, "news", "privleak", "forget", tmp_path)
 
 
-@pytest.mark.parametrize("config, split", list(data.MUSE_OLD_NAMES))
+@pytest.mark.parametrize("config, split", list(muse.MUSE_OLD_NAMES))
 def test_the_old_names_of_muses_repository_are_known_and_the_new_ones_come_first(tmp_path, config, split):
     folder, [new, old] = tmp_path / "MUSE-News" / config, [rows_of(config, n) for n in (2, 3)]
-    write_json(folder / f"{data.MUSE_OLD_NAMES[config, split]}.json", old)
-    assert data.load_muse("news", config, split, tmp_path) == old
+    write_json(folder / f"{muse.MUSE_OLD_NAMES[config, split]}.json", old)
+    assert muse.load_muse("news", config, split, tmp_path) == old
     write_json(folder / f"{split}.json", new)
-    assert data.load_muse("news", config, split, tmp_path) == new
+    assert muse.load_muse("news", config, split, tmp_path) == new
 
 
 def test_parquet_comes_before_json_and_local_files_before_the_hub(tmp_path, monkeypatch):
@@ -112,16 +118,16 @@ def test_parquet_comes_before_json_and_local_files_before_the_hub(tmp_path, monk
         asked.append((repo, name))
         return write_parquet(tmp_path / "hub.parquet", rows_of("raw", 5))
 
-    monkeypatch.setattr(data, "hub_file", hub_file)
-    assert len(data.load_muse("books", "raw", "retain1")) == len(data.load_muse("news", "raw", "forget", tmp_path)) == 5
+    monkeypatch.setattr(muse, "hub_file", hub_file)
+    assert len(muse.load_muse("books", "raw", "retain1")) == len(muse.load_muse("news", "raw", "forget", tmp_path)) == 5
     assert asked == [
         ("muse-bench/MUSE-Books", "raw/retain1-00000-of-00001.parquet"),
         ("muse-bench/MUSE-News", "raw/forget-00000-of-00001.parquet"),
     ]
     write_json(tmp_path / "MUSE-News" / "raw" / "forget.json", rows_of("raw", 1))
-    assert len(data.load_muse("news", "raw", "forget", tmp_path)) == 1
+    assert len(muse.load_muse("news", "raw", "forget", tmp_path)) == 1
     write_parquet(tmp_path / "MUSE-News" / "raw" / "forget.parquet", rows_of("raw", 2))
-    assert len(data.load_muse("news", "raw", "forget", tmp_path)) == len(asked) == 2
+    assert len(muse.load_muse("news", "raw", "forget", tmp_path)) == len(asked) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,14 +142,14 @@ def test_parquet_comes_before_json_and_local_files_before_the_hub(tmp_path, monk
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(names, wrong, tmp_path):
-    message = error_of(data.load_muse, *names, tmp_path)
+    message = error_of(muse.load_muse, *names, tmp_path)
     assert repr(wrong) in message and "known are" in message
 
 
 @pytest.mark.parametrize(
     "config, content, says",
     [
-        ("verbmem", "[{", "broken JSON"),
+        ("verbmem", "[{", "not readable JSON"),
         ("verbmem", {"prompt": "a", "gt": "b"}, "array"),
         ("verbmem", [], "no rows"),
         ("verbmem", ["a"], "row 0"),
@@ -158,8 +164,8 @@ def test_an_unknown_name_is_refused_with_the_known_ones(names, wrong, tmp_path):
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, config, content, says):
-    path = write_json(tmp_path / "MUSE-News" / config / f"{data.MUSE_SPLITS[config][0]}.json", content)
-    message = error_of(data.load_muse, "news", config, data.MUSE_SPLITS[config][0], tmp_path)
+    path = write_json(tmp_path / "MUSE-News" / config / f"{muse.MUSE_SPLITS[config][0]}.json", content)
+    message = error_of(muse.load_muse, "news", config, muse.MUSE_SPLITS[config][0], tmp_path)
     assert str(path) in message and says in message and "download it again" in message
 
 
@@ -167,7 +173,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, config, conte
                                         ([{"prompt": "a", "gt": None}], "key 'gt'")])  # fmt: skip
 def test_a_parquet_file_without_the_texts_is_refused(tmp_path, rows, says):
     path = write_parquet(tmp_path / "MUSE-News" / "verbmem" / "forget.parquet", rows)
-    message = error_of(data.load_muse, "news", "verbmem", "forget", tmp_path)
+    message = error_of(muse.load_muse, "news", "verbmem", "forget", tmp_path)
     assert str(path) in message and says in message
 
 
@@ -180,23 +186,23 @@ def test_a_file_of_other_bytes_is_refused(tmp_path, ending, content):
     path = tmp_path / "MUSE-News" / "raw" / f"forget{ending}"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    assert str(path) in error_of(data.load_muse, "news", "raw", "forget", tmp_path)
+    assert str(path) in error_of(muse.load_muse, "news", "raw", "forget", tmp_path)
 
 
 def test_an_empty_document_is_no_error_in_running_text(tmp_path):
     write_json(tmp_path / "MUSE-News" / "raw" / "forget.json", ["a", "", "b"])
-    assert [row["text"] for row in data.load_muse("news", "raw", "forget", tmp_path)] == ["a", "", "b"]
+    assert [row["text"] for row in muse.load_muse("news", "raw", "forget", tmp_path)] == ["a", "", "b"]
 
 
 def test_what_is_missing_is_named_with_where_to_place_it(tmp_path, no_hub, monkeypatch):
-    message = error_of(data.load_muse, "news", "raw", "retain1", tmp_path)
+    message = error_of(muse.load_muse, "news", "raw", "retain1", tmp_path)
     assert (
         "muse-bench/MUSE-News/raw/retain1" in message and "DIR/MUSE-News/raw/retain1" in message and "--data-dir" in message
     )
-    assert "no such folder" in error_of(data.load_muse, "news", "raw", "retain1", tmp_path / "none")
+    assert "no such folder" in error_of(muse.load_muse, "news", "raw", "retain1", tmp_path / "none")
     path = write_parquet(tmp_path / "MUSE-News" / "raw" / "retain1.parquet", rows_of("raw"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    message = error_of(data.load_muse, "news", "raw", "retain1", tmp_path)
+    message = error_of(muse.load_muse, "news", "raw", "retain1", tmp_path)
     assert str(path) in message and "pip install -e '.[eval]'" in message
 
 
@@ -207,8 +213,6 @@ def test_what_is_missing_is_named_with_where_to_place_it(tmp_path, no_hub, monke
 def words(request, tmp_path_factory):
     """(our tokenizer, transformers' of the same files): with spaces in front of words, and byte-level."""
     transformers = pytest.importorskip("transformers")
-    from test_data import write_tokenizer  # the small tokenizers of all families
-
     folder = write_tokenizer(tmp_path_factory.mktemp("words"), request.param)
     return data.Tokenizer(folder), transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
 
@@ -222,7 +226,7 @@ def stream_of(oracle, texts: list[str]) -> list[int]:
 def test_muses_sequences_are_the_token_stream_in_pieces(words, texts, length):
     ours, oracle = words
     stream = stream_of(oracle, texts)
-    chunks = data.muse_chunks(texts, ours, length, "muse", "news")
+    chunks = muse.muse_chunks(texts, ours, length, "muse", "news")
     assert len(chunks) == math.ceil(len(stream) / (length - 1))
     joined = [token for chunk in chunks for token in chunk.ids[1:]]
     assert joined[: len(stream)] == stream
@@ -248,9 +252,9 @@ def test_open_unlearnings_sequences_are_pieces_decoded_and_tokenised_again(words
         expected.append([ours.bos_id, *oracle(text, add_special_tokens=False)["input_ids"]][: 1 + length])
     expected = [ids for ids in expected if len(ids) > 1]
     if not expected:  # nothing but spaces that decoding strips
-        assert "nothing" in error_of(data.muse_chunks, texts, ours, length, "open-unlearning")
+        assert "nothing" in error_of(muse.muse_chunks, texts, ours, length, "open-unlearning")
         return
-    chunks = data.muse_chunks(texts, ours, length, "open-unlearning", "news")
+    chunks = muse.muse_chunks(texts, ours, length, "open-unlearning", "news")
     assert [list(chunk.ids) for chunk in chunks] == expected
     assert {chunk.prompt_length for chunk in chunks} == {1} and max(len(chunk.ids) for chunk in chunks) <= 1 + length
 
@@ -258,14 +262,14 @@ def test_open_unlearnings_sequences_are_pieces_decoded_and_tokenised_again(words
 def test_a_multiple_of_the_length_leaves_no_empty_sequence(words):
     ours, oracle = words
     n = len(stream_of(oracle, ["abcabc"]))
-    assert [chunk.answer_length for chunk in data.muse_chunks(["abcabc"], ours, n, "open-unlearning")] == [n]
-    assert [chunk.answer_length for chunk in data.muse_chunks(["abcabc"], ours, n + 1, "muse")] == [n]
+    assert [chunk.answer_length for chunk in muse.muse_chunks(["abcabc"], ours, n, "open-unlearning")] == [n]
+    assert [chunk.answer_length for chunk in muse.muse_chunks(["abcabc"], ours, n + 1, "muse")] == [n]
 
 
 @given(texts=TEXTS, length=LENGTHS, chunking=st.sampled_from(["muse", "open-unlearning"]))
 def test_every_token_behind_bos_is_predicted_from_those_before_it(words, texts, length, chunking):
     try:
-        chunks = data.muse_chunks(texts, words[0], length, chunking)
+        chunks = muse.muse_chunks(texts, words[0], length, chunking)
     except DataError:
         return
     batch = data.pack(chunks)
@@ -289,17 +293,15 @@ def test_every_token_behind_bos_is_predicted_from_those_before_it(words, texts, 
     ],
 )
 def test_what_cannot_be_cut_is_refused(words, texts, length, chunking, says):
-    assert says in error_of(data.muse_chunks, texts, words[0], length, chunking)
+    assert says in error_of(muse.muse_chunks, texts, words[0], length, chunking)
 
 
 def test_a_token_beyond_the_embedding_and_a_missing_bos_are_named(tmp_path):
-    from test_data import write_tokenizer
-
     folder = write_tokenizer(tmp_path, "smollm2", bos_token=None)
     tokenizer = data.Tokenizer(folder)
-    assert "bos_token" in error_of(data.muse_chunks, ["abc"], tokenizer)
+    assert "bos_token" in error_of(muse.muse_chunks, ["abc"], tokenizer)
     tokenizer.vocab_size = 10
-    assert "news" in error_of(data.muse_chunks, ["abc"], tokenizer, key="news")
+    assert "news" in error_of(muse.muse_chunks, ["abc"], tokenizer, key="news")
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -309,15 +311,15 @@ def test_a_token_beyond_the_embedding_and_a_missing_bos_are_named(tmp_path):
 @claim("ROUGE-L F1 is rouge-score's, with or without the stemmer", "MUSE")
 def test_rouge_f1_is_that_of_rouge_score(reference, generation, stemmer):
     scores = RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer).score(reference, generation)
-    assert eval.rouge(reference, generation, stemmer)["rouge_f1"] == scores["rougeL"].fmeasure
-    found = eval.rouge(reference, generation, stemmer)
+    assert metrics.rouge(reference, generation, stemmer)["rouge_f1"] == scores["rougeL"].fmeasure
+    found = metrics.rouge(reference, generation, stemmer)
     assert (found["rouge"], found["rouge1"]) == (scores["rougeL"].recall, scores["rouge1"].recall)
 
 
 def test_the_stemmer_makes_inflected_words_equal():
     texts = "he was running", "he was runs"
-    assert eval.rouge(*texts) == eval.rouge(*texts, stemmer=True) != eval.rouge(*texts, stemmer=False)
-    assert eval.rouge(*texts)["rouge_f1"] == 1
+    assert metrics.rouge(*texts) == metrics.rouge(*texts, stemmer=True) != metrics.rouge(*texts, stemmer=False)
+    assert metrics.rouge(*texts)["rouge_f1"] == 1
 
 
 @given(LOG_PROBS)
@@ -326,24 +328,24 @@ def test_min_k_is_minus_the_mean_of_the_lowest_forty_percent(log_probs):
     def lowest(values):
         return -statistics.fmean(sorted(values)[: max(1, int(0.4 * len(values)))])
 
-    assert eval.muse_min_k(log_probs, "muse") == pytest.approx(lowest(log_probs))
-    assert eval.muse_min_k(log_probs, "open-unlearning") == pytest.approx(lowest(log_probs[:-1]))
+    assert metrics.muse_min_k(log_probs, "muse") == pytest.approx(lowest(log_probs))
+    assert metrics.muse_min_k(log_probs, "open-unlearning") == pytest.approx(lowest(log_probs[:-1]))
     long = [*log_probs, *[-1.0] * (2048 - len(log_probs)), *log_probs]
-    assert eval.muse_min_k(long, "open-unlearning") == pytest.approx(lowest(long[:2047]))
-    assert eval.muse_min_k(long, "muse") == pytest.approx(lowest(long))
+    assert metrics.muse_min_k(long, "open-unlearning") == pytest.approx(lowest(long[:2047]))
+    assert metrics.muse_min_k(long, "muse") == pytest.approx(lowest(long))
 
 
 @given(st.lists(st.tuples(SENTENCES, SENTENCES), max_size=3), SENTENCES)
 def test_a_knowmem_prompt_is_its_examples_and_the_question(pairs, question):
-    prompt = eval.knowmem_prompt(pairs, question)
+    prompt = muse.knowmem_prompt(pairs, question)
     lines = [line for q, a in pairs for line in (f"Question: {q}", f"Answer: {a}", "")]
     assert prompt == "\n".join([*lines, f"Question: {question}", "Answer: "])
 
 
-@given(st.lists(st.sampled_from([*eval.MUSE_STOPS, "\n", "Question", "a", " b"]), max_size=8).map("".join))
+@given(st.lists(st.sampled_from([*muse.MUSE_STOPS, "\n", "Question", "a", " b"]), max_size=8).map("".join))
 def test_a_generation_is_cut_before_the_first_stop_string(text):
-    first = min((text.find(stop) for stop in eval.MUSE_STOPS if stop in text), default=len(text))
-    assert eval.cut_at_stop(text) == text[:first]
+    first = min((text.find(stop) for stop in muse.MUSE_STOPS if stop in text), default=len(text))
+    assert muse.cut_at_stop(text) == text[:first]
 
 
 def muse_rows(forget: list[float], holdout: list[float], value=0.5) -> dict:
@@ -363,7 +365,7 @@ def muse_rows(forget: list[float], holdout: list[float], value=0.5) -> dict:
 @claim("PrivLeak = (A - A_retrained) / A_retrained in percent, A = P(holdout below forget)", "MUSE")
 def test_privleak_is_the_relative_distance_of_muses_auc(forget, holdout, retained):
     below = statistics.fmean([(h < f) + (h == f) / 2 for h in holdout for f in forget])
-    scores = eval.aggregate_muse(muse_rows(forget, holdout), 1 - retained)
+    scores = metrics.aggregate_muse(muse_rows(forget, holdout), 1 - retained)
     assert scores["mia_min_k"] == pytest.approx(1 - below)
     u = stats.mannwhitneyu(holdout, forget).statistic / (len(forget) * len(holdout))
     assert scores["mia_min_k"] == pytest.approx(u)
@@ -372,25 +374,25 @@ def test_privleak_is_the_relative_distance_of_muses_auc(forget, holdout, retaine
 
 def test_muses_own_numbers_come_out_of_its_constants():
     """-100 for what is fully memorised, 0 for the retrained; open-unlearning's log of the News target has -99.8111."""
-    assert eval.muse_retained_auc("news") == pytest.approx(0.5228) and eval.muse_retained_auc("books") == pytest.approx(
-        0.4607
-    )
-    memorised, alike = (eval.aggregate_muse(muse_rows([1.0], [h]), 0.5)["privleak"] for h in (2.0, 1.0))
+    assert metrics.muse_retained_auc("news") == pytest.approx(0.5228) and metrics.muse_retained_auc(
+        "books"
+    ) == pytest.approx(0.4607)
+    memorised, alike = (metrics.aggregate_muse(muse_rows([1.0], [h]), 0.5)["privleak"] for h in (2.0, 1.0))
     assert memorised == pytest.approx(-100) and alike == pytest.approx(0)
-    assert eval.privleak(0.9991, 0.5236) == pytest.approx(-99.8111, abs=0.01)
+    assert metrics.privleak(0.9991, 0.5236) == pytest.approx(-99.8111, abs=0.01)
     assert all(
-        set(aucs) == set(eval.MUSE_RETRAIN_AUC["news"]) and len(aucs) == 11 for aucs in eval.MUSE_RETRAIN_AUC.values()
+        set(aucs) == set(metrics.MUSE_RETRAIN_AUC["news"]) and len(aucs) == 11 for aucs in metrics.MUSE_RETRAIN_AUC.values()
     )
 
 
-def test_files_have_the_published_keys_and_shapes():
+def test_files_have_the_published_keys_and_shapes(tmp_path):
     rows = muse_rows([1.0, 2.0], [3.0], value=0.5)
-    scores = eval.aggregate_muse(rows, 0.5)
+    scores = metrics.aggregate_muse(rows, 0.5)
     assert scores == {
         "forget_verbmem_ROUGE": 0.25, "forget_knowmem_ROUGE": 0.5, "retain_knowmem_ROUGE": 0.75, "mia_min_k": 1.0,
         "privleak": pytest.approx(-100), "exact_memorization": 0.5, "extraction_strength": 0.5,
     }  # fmt: skip
-    result = eval.muse_eval_json(rows, scores)
+    result = logs.muse_eval_json(rows, scores)
     assert list(result) == [
         "exact_memorization", "extraction_strength", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "mia_min_k", "privleak",
         "retain_knowmem_ROUGE",
@@ -414,18 +416,26 @@ def test_files_have_the_published_keys_and_shapes():
     holdout = {"agg_value": 3.0, "value_by_index": {"0": {"score": 3.0}}}
     assert result["mia_min_k"] == {"forget": forget, "holdout": holdout, "auc": 1.0, "agg_value": 1.0}
     names = ("extraction_strength", "forget_knowmem_ROUGE", "forget_verbmem_ROUGE", "privleak", "retain_knowmem_ROUGE")
-    assert eval.muse_summary(result) == {name: scores[name] for name in names}
+    folder = tmp_path / "x" / "eval" / "final"
+    folder.mkdir(parents=True)
+    logs.save_muse({"rows": rows, "path": str(folder / "log.json")}, scores)
+    found = {path.name: path.read_text() for path in folder.iterdir()}
+    assert (
+        set(found) == {"MUSE_EVAL.json", "MUSE_SUMMARY.json", "MUSE.csv"} and json.loads(found["MUSE_EVAL.json"]) == result
+    )
+    assert json.loads(found["MUSE_SUMMARY.json"]) == {name: scores[name] for name in names}
     row = {"name": "x", "verbmem_f": 25.0, "privleak": scores["privleak"], "knowmem_f": 50.0, "knowmem_r": 75.0}
-    assert eval.muse_csv_row("x", scores) == row and list(eval.muse_csv_row("x", scores)) == list(row)
+    assert logs.muse_csv_row("x", scores) == row and list(logs.muse_csv_row("x", scores)) == list(row)
+    assert [line.split(",") for line in found["MUSE.csv"].split()] == [list(row), [str(value) for value in row.values()]]
 
 
 @given(SCORES, SCORES)
 def test_the_retrained_models_auc_is_read_from_its_file(tmp_path_factory, forget, holdout):
     rows = muse_rows(forget, holdout)
-    scores = eval.aggregate_muse(rows)
+    scores = metrics.aggregate_muse(rows)
     path = tmp_path_factory.getbasetemp() / "MUSE_EVAL.json"
-    for log in (eval.muse_eval_json(rows, scores), {"rows": rows, "scores": scores}):
-        assert eval.read_muse_retain(write_json(path, log)) == scores["mia_min_k"]
+    for log in (logs.muse_eval_json(rows, scores), {"rows": rows, "scores": scores}):
+        assert logs.read_muse_retain(write_json(path, log)) == scores["mia_min_k"]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +446,7 @@ def test_the_retrained_models_auc_is_read_from_its_file(tmp_path_factory, forget
 )
 def test_a_file_without_the_auc_is_refused(tmp_path, log, key):
     path = write_json(tmp_path / "MUSE_EVAL.json", json.dumps(log))
-    message = error_of(eval.read_muse_retain, path, kind=EvalError)
+    message = error_of(logs.read_muse_retain, path, kind=EvalError)
     assert str(path) in message and key in message
 
 
@@ -445,7 +455,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, content):
     path = tmp_path / "MUSE_EVAL.json"
     if content is not None:
         path.write_bytes(content)
-    assert str(path) in error_of(eval.read_muse_retain, path, kind=EvalError)
+    assert str(path) in error_of(logs.read_muse_retain, path, kind=EvalError)
 
 
 # ------------------------------------------------------------------------------------------------------ running a model
@@ -453,42 +463,36 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, content):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """(model, tokenizer, its folder): a random Llama with wide weights and many stop ids, so that generations vary."""
-    root = tmp_path_factory.mktemp("tiny")
-    folder = data.train_toy_tokenizer(0, root / "tokenizer", vocab_size=400)
-    tokenizer = data.Tokenizer(folder)
-    config = LlamaConfig(
-        vocab_size=tokenizer.tokenizer.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096, initializer_range=0.2,
-        bos_token_id=0, eos_token_ids=tuple(range(1, 400, 8)),
-    )  # fmt: skip
-    model = Llama(config).init_weights(0)
-    return model, tokenizer, save_pretrained(model, root / "model", tokenizer_from=folder)
+    return helpers.make_tiny(tmp_path_factory.mktemp("tiny"), positions=4096)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A little MUSE-News in the toy world's words, with one text beyond open-unlearning's limit."""
-    root, toy = tmp_path_factory.mktemp("data"), data.toy_world(0)["full"]
-    news, text = root / "MUSE-News", [f"{r.question} {r.answer}" for r in toy]
-    pairs = [{"question": r.question, "answer": r.answer} for r in toy]
+    root, world = tmp_path_factory.mktemp("data"), toy.toy_world(0)["full"]
+    news, text = root / "MUSE-News", [f"{r.question} {r.answer}" for r in world]
+    pairs = [{"question": r.question, "answer": r.answer} for r in world]
     verbatim = [{"prompt": " ".join(text[i : i + 1 + i % 3]), "gt": " ".join(text[i + 3 : i + 9])} for i in range(5)]
     write_json(news / "verbmem" / "forget.json", verbatim)
-    for i, split in enumerate(data.MUSE_SPLITS["knowmem"]):
+    for i, split in enumerate(muse.MUSE_SPLITS["knowmem"]):
         write_json(news / "knowmem" / f"{split}.json", pairs[20 * i : 20 * i + (10 if "icl" in split else 4)])
     write_json(news / "privleak" / "forget.json", [" ".join(text[i : i + 2 * i + 1]) for i in range(4)])
     write_json(news / "privleak" / "holdout.json", [" ".join(text[50 : 51 + i]) for i in range(3)] + [" ".join(text[:200])])
     return root
 
 
-@pytest.fixture(scope="session", params=eval.MUSE_VARIANTS)
+def evaluate(tiny, corpus: Path, **options) -> dict:
+    sets = muse.evaluation_sets("news", corpus)
+    return muse.evaluate_muse(tiny.model, tiny.tokenizer, "news", sets, progress=False, **options)
+
+
+@pytest.fixture(scope="session", params=muse.MUSE_VARIANTS)
 def results(request, tiny, corpus):
-    model, tokenizer, _ = tiny
-    return request.param, eval.evaluate_muse(model, tokenizer, "news", corpus, variant=request.param, progress=False)
+    return request.param, evaluate(tiny, corpus, variant=request.param)
 
 
 def generations(rows: dict) -> list[str]:
-    return [item["generation"] for part in eval.MUSE_NEW_TOKENS for item in rows[part].values()]
+    return [item["generation"] for part in metrics.MUSE_NEW_TOKENS for item in rows[part].values()]
 
 
 def numbers(rows: dict) -> list[float]:
@@ -506,10 +510,10 @@ def test_items_are_keyed_by_row_and_hold_what_the_results_need(results, corpus):
         assert all(set(item) == ({"score", "loss"} if "privleak" in part else text | more) for item in items.values())
     assert "muse_news/knowmem/retain_qa/3" in rows["retain_knowmem"]
     assert rows["retain_knowmem"]["muse_news/knowmem/retain_qa/3"]["prompt"].count("Question: ") == 11
-    for item in (item for part in eval.MUSE_NEW_TOKENS for item in rows[part].values()):
+    for item in (item for part in metrics.MUSE_NEW_TOKENS for item in rows[part].values()):
         expected = RougeScorer(["rougeL"], use_stemmer=variant != "muse").score(item["ground_truth"], item["generation"])
         assert item["rougeL_f1"] == expected["rougeL"].fmeasure
-    assert json.loads(json.dumps(eval.muse_eval_json(rows, eval.aggregate_muse(rows))))
+    assert json.loads(json.dumps(logs.muse_eval_json(rows, metrics.aggregate_muse(rows))))
 
 
 def test_generations_and_scores_equal_transformers_one_row_at_a_time(tiny, corpus, results):
@@ -527,7 +531,7 @@ def test_generations_and_scores_equal_transformers_one_row_at_a_time(tiny, corpu
         found = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
         return found[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist(), found[:-1].argmax(-1).tolist()
 
-    for part, new_tokens in eval.MUSE_NEW_TOKENS.items():
+    for part, new_tokens in metrics.MUSE_NEW_TOKENS.items():
         for item in rows[part].values():
             prompt = ids_of(item["prompt"])
             output = reference.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False, pad_token_id=1)
@@ -569,10 +573,10 @@ def test_generations_and_scores_equal_transformers_one_row_at_a_time(tiny, corpu
     [(" cats\n\nQuestion: x", "cats"), ("cats\nQuestion", "cats"), ("\n\ncats", ""), ("cats\ndogs ", "cats\ndogs")],
 )
 def test_knowmem_is_cut_as_generated_and_then_stripped_and_verbmem_is_only_stripped(tiny, corpus, monkeypatch, text, answer):
-    model, tokenizer, _ = tiny
-    monkeypatch.setattr(eval, "generate", lambda model, prompts, *more: [tokenizer.encode_text(text)] * len(prompts))
-    rows = eval.evaluate_muse(model, tokenizer, "news", corpus, limit=1, progress=False)
-    assert [item["generation"] for part in eval.MUSE_NEW_TOKENS for item in rows[part].values()] == [
+    ids = tiny.tokenizer.encode_text(text)
+    monkeypatch.setattr(inference, "generate", lambda model, prompts, *more: [ids] * len(prompts))
+    rows = evaluate(tiny, corpus, limit=1)
+    assert [item["generation"] for part in metrics.MUSE_NEW_TOKENS for item in rows[part].values()] == [
         text.strip(),
         answer,
         answer,
@@ -581,39 +585,39 @@ def test_knowmem_is_cut_as_generated_and_then_stripped_and_verbmem_is_only_strip
 
 @pytest.mark.parametrize("variant, f1", [("open-unlearning", 1.0), ("muse", 0.0)])
 def test_open_unlearning_stems_and_muse_does_not(tiny, corpus, monkeypatch, variant, f1):
-    model, tokenizer, _ = tiny
-    monkeypatch.setattr(eval, "generate", lambda model, prompts, *more: [tokenizer.encode_text("running")] * len(prompts))
+    ids = tiny.tokenizer.encode_text("running")
+    monkeypatch.setattr(inference, "generate", lambda model, prompts, *more: [ids] * len(prompts))
     inflected = {"question": "runs", "answer": "runs", "prompt": "runs", "gt": "runs runs", "text": "runs and runs"}
-    monkeypatch.setattr(eval, "load_muse", lambda *names: [inflected])
-    rows = eval.evaluate_muse(model, tokenizer, "news", variant=variant, progress=False)
+    monkeypatch.setattr(muse, "load_muse", lambda *names: [inflected])
+    rows = evaluate(tiny, corpus, variant=variant)
     assert [item["rougeL_f1"] for item in rows["forget_knowmem"].values()] == [f1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_results_do_not_depend_on_the_batch_size(tiny, corpus, results, batch_size):
     variant, rows = results
-    again = eval.evaluate_muse(*tiny[:2], "news", corpus, variant=variant, batch_size=batch_size, progress=False)
+    again = evaluate(tiny, corpus, variant=variant, batch_size=batch_size)
     assert generations(again) == generations(rows) and numbers(again) == pytest.approx(numbers(rows), rel=1e-4)
 
 
 @given(st.integers(1, 3000))
 def test_scores_do_not_depend_on_the_batch(tiny, corpus, budget):
     model, tokenizer, _ = tiny
-    texts = [row["text"] for row in data.load_muse("news", "privleak", "forget", corpus)]
+    texts = [row["text"] for row in muse.load_muse("news", "privleak", "forget", corpus)]
     examples = [data.Example(str(i), (tokenizer.bos_id, *tokenizer.encode_text(text)), 1) for i, text in enumerate(texts)]
-    found = eval.score_texts(model, examples, "muse", budget)
-    alone = [eval.score_texts(model, [example], "muse")[0] for example in examples]
+    found = score_answers(model, examples, muse.WHOLE_TEXT["muse"], budget=budget)
+    alone = [score_answers(model, [example], muse.WHOLE_TEXT["muse"])[0] for example in examples]
     assert [s["score"] for s in found] == pytest.approx([s["score"] for s in alone], rel=1e-4)
     assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in alone], rel=1e-4)
-    by_answers = eval.score_answers(model, examples, [True] * len(examples))
+    by_answers = score_answers(model, examples, memorization)
     assert [s["loss"] for s in found] == pytest.approx([s["loss"] for s in by_answers], rel=1e-4)
-    ours = eval.score_texts(model, examples)
+    ours = score_answers(model, examples, muse.WHOLE_TEXT["open-unlearning"])
     assert [s["score"] for s in ours] == pytest.approx([s["mia_min_k"] for s in by_answers], rel=1e-4)
 
 
 def test_a_limit_takes_the_first_rows_of_each_part(tiny, corpus, results):
     variant, rows = results
-    some = eval.evaluate_muse(*tiny[:2], "news", corpus, limit=2, variant=variant, progress=False)
+    some = evaluate(tiny, corpus, limit=2, variant=variant)
     assert {part: list(items) for part, items in some.items()} == {part: list(items)[:2] for part, items in rows.items()}
     assert [some[p][k].get("generation") for p in some for k in some[p]] == [
         rows[p][k].get("generation") for p in some for k in some[p]
@@ -625,9 +629,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tiny, corpus, results, t
     path, work = tmp_path / "journal.jsonl", []
 
     def run():
-        return eval.evaluate_muse(*tiny[:2], "news", corpus, variant=variant, batch_size=2, progress=False, journal=path)
+        return evaluate(tiny, corpus, variant=variant, batch_size=2, journal=path)
 
-    add = eval.Journal.add
+    add = inference.Journal.add
 
     def interrupted(self, found):
         if len(work) == 5:
@@ -635,11 +639,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tiny, corpus, results, t
         work.append(set(found))
         add(self, found)
 
-    monkeypatch.setattr(eval.Journal, "add", interrupted)
+    monkeypatch.setattr(inference.Journal, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     first, again = set().union(*work), []
-    monkeypatch.setattr(eval.Journal, "add", lambda self, found: (again.append(set(found)), add(self, found)))
+    monkeypatch.setattr(inference.Journal, "add", lambda self, found: (again.append(set(found)), add(self, found)))
     second = run()
     assert generations(second) == generations(rows) and numbers(second) == pytest.approx(numbers(rows), rel=1e-4)
     done = set().union(*again)
@@ -651,22 +655,32 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(tiny, corpus, results, t
 def test_evaluation_leaves_the_master_weights_alone_and_the_stemmer_can_be_chosen(tiny, corpus):
     model = Llama(tiny[0].config, compute_dtype=torch.bfloat16).init_weights(0)
     before = [p.clone() for p in model.parameters()]
-    rows = eval.evaluate_muse(model, tiny[1], "news", corpus, limit=1, stemmer=False, progress=False)
+    rows = evaluate(tiny._replace(model=model), corpus, limit=1, stemmer=False)
     assert all(p.dtype == torch.float32 and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     [item] = rows["forget_verbmem"].values()
-    assert item["rougeL_f1"] == eval.rouge(item["ground_truth"], item["generation"], stemmer=False)["rouge_f1"]
+    assert item["rougeL_f1"] == metrics.rouge(item["ground_truth"], item["generation"], stemmer=False)["rouge_f1"]
 
 
 def test_bad_arguments_missing_data_and_overflow_are_refused_in_one_line(tiny, corpus, tmp_path, no_hub):
-    model, tokenizer, _ = tiny
-    for change, says in (({"variant": "tofu"}, "tofu"), ({"limit": 0}, "limit 0")):
-        assert says in error_of(eval.evaluate_muse, model, tokenizer, "news", corpus, kind=EvalError, **change)
-    assert "verbmem" in error_of(eval.evaluate_muse, model, tokenizer, "books", corpus)
-    broken = Llama(model.config).init_weights(0)
+    for change, says in (({"protocol": "tofu"}, "tofu"), ({"rows": 0}, "limit 0")):
+        assert says in error_of(muse.Muse, Options("muse_news", corpus, **change), kind=EvalError)
+    assert "verbmem" in error_of(muse.evaluation_sets, "books", corpus)
+    broken = Llama(tiny.model.config).init_weights(0)
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
-    message = error_of(eval.evaluate_muse, broken, tokenizer, "news", corpus, limit=1, progress=False, kind=EvalError)
+    message = error_of(evaluate, tiny._replace(model=broken), corpus, limit=1, kind=EvalError)
     assert "muse_news/" in message and "nan" in message
+
+
+@pytest.mark.parametrize("forget, rows", [("muse_news", None), ("muse_news[:10]", 10), ("muse_books/raw/forget[:3]", 3)])
+def test_a_slice_from_the_start_is_how_many_rows_are_evaluated(forget, rows):
+    assert muse.Muse.first_rows(forget) == rows
+
+
+@pytest.mark.parametrize("forget", ["muse_news[1:3]", "muse_news[:10%]", "muse_news[2:]", "muse_news+muse_books"])
+def test_any_other_slice_is_refused(forget):
+    message = error_of(muse.Muse.first_rows, forget, kind=EvalError)
+    assert f"--forget {forget}" in message and "muse_news[:N]" in message
 
 
 # ------------------------------------------------------------------------------------------------------------- real data
@@ -677,18 +691,18 @@ def news():
     folder = Path(os.environ.get("DIPO_DATA", ""), "MUSE-News")
     if "DIPO_DATA" not in os.environ or not folder.is_dir():
         pytest.skip("DIPO_DATA names no folder with MUSE-News/")
-    return lambda config, split: data.load_muse("news", config, split, folder.parent)
+    return lambda config, split: muse.load_muse("news", config, split, folder.parent)
 
 
 @pytest.mark.parametrize(
     "config, split, count",
     [("raw", "forget", 889), ("verbmem", "forget", 100)]
-    + [("knowmem", s, 10 if "icl" in s else 100) for s in data.MUSE_SPLITS["knowmem"]]
-    + [("privleak", s, 100) for s in data.MUSE_SPLITS["privleak"]],
+    + [("knowmem", s, 10 if "icl" in s else 100) for s in muse.MUSE_SPLITS["knowmem"]]
+    + [("privleak", s, 100) for s in muse.MUSE_SPLITS["privleak"]],
 )
 def test_the_published_files_have_their_row_counts(news, config, split, count):
     rows = news(config, split)
-    assert len(rows) == count and all(tuple(row) == data.MUSE_COLUMNS[config] for row in rows)
+    assert len(rows) == count and all(tuple(row) == muse.MUSE_COLUMNS[config] for row in rows)
 
 
 def test_verbatim_and_member_texts_stand_in_the_forget_corpus_and_the_others_do_not(news):
@@ -702,7 +716,7 @@ def test_verbatim_and_member_texts_stand_in_the_forget_corpus_and_the_others_do_
     corpus = letters("".join(raw))
     for row in news("verbmem", "forget"):
         assert letters(row["prompt"] + row["gt"]) in corpus and len(row["gt"].split()) >= 69
-    texts = {split: [row["text"] for row in news("privleak", split)] for split in data.MUSE_SPLITS["privleak"]}
+    texts = {split: [row["text"] for row in news("privleak", split)] for split in muse.MUSE_SPLITS["privleak"]}
     assert len({text for found in texts.values() for text in found}) == 300
     found = {split: sum(letters(text) in corpus for text in rows) for split, rows in texts.items()}
     assert found == {"forget": 100, "retain": 0, "holdout": 0}

@@ -1,5 +1,5 @@
-"""eval.py: scores of memorization and membership, the two protocols, the masked <|eot_id|> and holdout rows, against
-formulas and transformers."""
+"""Scores of memorization and membership, the two protocols, the masked <|eot_id|> and holdout rows, against formulas and
+transformers."""
 
 import codecs
 import heapq
@@ -21,19 +21,21 @@ pytest.importorskip("rouge_score")
 pytest.importorskip("transformers")
 
 import transformers
-from test_data import write_tokenizer
-from test_eval import LOSS_LISTS, LOSSES, RATIOS, error_of
+from helpers import LOSS_LISTS, LOSSES, RATIOS, error_of, write_tokenizer
 
 import data
-import eval
+import inference
+import metrics
+import tofu
 from data import DataError, Example, Row
-from eval import EvalError
+from inference import Options, Text, mean_loss, memorization, score_answers
+from metrics import EvalError
 from model import Llama, LlamaConfig, generate, load_pretrained, save_pretrained
 
-TOFU, OPEN_UNLEARNING = eval.PROTOCOLS["tofu"], eval.PROTOCOLS["open-unlearning"]
+TOFU, OPEN_UNLEARNING = tofu.PROTOCOLS["tofu"], tofu.PROTOCOLS["open-unlearning"]
 EPSILONS = st.sampled_from([0.0, 1e-10, 1e-3, 1.0])
 SCORES = st.lists(st.floats(-30, 0), min_size=2, max_size=40)
-MEMORIZATION_AND_MEMBERSHIP = (*eval.MEMORIZATION, *eval.MEMBERSHIP)
+MEMORIZATION_AND_MEMBERSHIP = (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
@@ -41,14 +43,14 @@ MEMORIZATION_AND_MEMBERSHIP = (*eval.MEMORIZATION, *eval.MEMBERSHIP)
 
 @given(st.lists(st.booleans(), min_size=2, max_size=30))
 def test_exact_memorization_is_the_share_of_right_tokens_but_for_eos(correct):
-    assert eval.exact_memorization(correct) == pytest.approx(statistics.fmean(correct[:-1]))
-    assert eval.exact_memorization([*correct[:-1], not correct[-1]]) == eval.exact_memorization(correct)
+    assert metrics.exact_memorization(correct) == pytest.approx(statistics.fmean(correct[:-1]))
+    assert metrics.exact_memorization([*correct[:-1], not correct[-1]]) == metrics.exact_memorization(correct)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=30), st.integers(0, 30))
 def test_extraction_strength_is_the_share_of_the_longest_right_end_but_for_eos_and_at_least_one_token(start, tail):
     text = "".join("01"[c] for c in start[:-1]) + "1" * tail
-    strength = eval.extraction_strength([c == "1" for c in text] + start[-1:])
+    strength = metrics.extraction_strength([c == "1" for c in text] + start[-1:])
     assert strength == pytest.approx(max(1, len(text) - len(text.rstrip("1"))) / len(text))
 
 
@@ -56,13 +58,13 @@ def test_extraction_strength_is_the_share_of_the_longest_right_end_but_for_eos_a
 def test_min_k_is_minus_the_mean_of_the_lowest_two_fifths_of_the_scores_but_for_eos(scores):
     n = len(scores) - 1
     lowest = heapq.nsmallest(max(1, 2 * n // 5), scores[:n])
-    assert eval.min_k(scores) == pytest.approx(-statistics.fmean(lowest))
-    assert eval.min_k([*scores[:n], -1e9]) == eval.min_k(scores)
+    assert metrics.min_k(scores) == pytest.approx(-statistics.fmean(lowest))
+    assert metrics.min_k([*scores[:n], -1e9]) == metrics.min_k(scores)
 
 
 @given(LOSSES, st.text())
 def test_the_zlib_score_is_the_loss_over_the_compressed_size_in_bytes(loss, answer):
-    assert eval.zlib_score(loss, answer) == pytest.approx(loss / len(codecs.encode(answer.encode(), "zlib")))
+    assert metrics.zlib_score(loss, answer) == pytest.approx(loss / len(codecs.encode(answer.encode(), "zlib")))
 
 
 TIED = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=20)
@@ -71,67 +73,67 @@ TIED = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=20)
 @given(TIED, TIED)
 def test_the_auc_counts_pairs_in_which_the_holdout_score_is_higher_and_ties_half(forget, holdout):
     pairs = [1.0 if h > f else 0.5 if h == f else 0.0 for f in forget for h in holdout]
-    assert eval.membership_auc(forget, holdout) == pytest.approx(statistics.fmean(pairs))
+    assert metrics.membership_auc(forget, holdout) == pytest.approx(statistics.fmean(pairs))
 
 
 @given(st.floats(0, 1), st.floats(0, 0.99))
 def test_privleak_is_the_auc_lost_against_the_retrained_model_in_percent(auc, retained):
-    assert eval.privleak(auc, retained) == pytest.approx(100 * (retained - auc) / (1 - retained), rel=1e-7, abs=1e-7)
-    assert eval.privleak(retained, retained) == 0
-    assert eval.privleak(auc) == pytest.approx(100 - 200 * auc, rel=1e-7, abs=1e-7)  # no retrained model: that has 0.5
+    assert metrics.privleak(auc, retained) == pytest.approx(100 * (retained - auc) / (1 - retained), rel=1e-7, abs=1e-7)
+    assert metrics.privleak(retained, retained) == 0
+    assert metrics.privleak(auc) == pytest.approx(100 - 200 * auc, rel=1e-7, abs=1e-7)  # no retrained model: that has 0.5
 
 
 def test_an_answer_of_eos_alone_has_nothing_to_extract_or_memorize():
-    assert eval.extraction_strength([True]) == eval.exact_memorization([True]) == 0
+    assert metrics.extraction_strength([True]) == metrics.exact_memorization([True]) == 0
 
 
 def test_privleak_against_a_model_that_remembers_everything_is_large_and_not_infinite():
-    assert eval.privleak(0.5, 1.0) == 0.5 / 1e-10 * 100
+    assert metrics.privleak(0.5, 1.0) == 0.5 / 1e-10 * 100
 
 
 def test_privleak_of_the_published_aucs_is_the_published_one():
-    assert eval.privleak(0.99665, 0.3826124999) == pytest.approx(-99.457391, abs=5e-7)
+    assert metrics.privleak(0.99665, 0.3826124999) == pytest.approx(-99.457391, abs=5e-7)
 
 
 @given(LOSSES, LOSS_LISTS, EPSILONS)
 def test_the_arithmetic_truth_ratio_is_the_mean_wrong_probability_over_the_right_one(correct, wrong, epsilon):
     expected = statistics.fmean(math.exp(-loss) for loss in wrong) / (math.exp(-correct) + epsilon)
-    assert eval.truth_ratio(correct, wrong, "arithmetic", epsilon) == pytest.approx(expected)
+    assert metrics.truth_ratio(correct, wrong, "arithmetic", epsilon) == pytest.approx(expected)
 
 
 @given(LOSSES, LOSS_LISTS, EPSILONS)
 def test_epsilon_is_added_to_the_right_answers_probability(correct, wrong, epsilon):
     expected = math.prod(math.exp(-loss) for loss in wrong) ** (1 / len(wrong)) / (math.exp(-correct) + epsilon)
-    assert eval.truth_ratio(correct, wrong, epsilon=epsilon) == pytest.approx(expected)
+    assert metrics.truth_ratio(correct, wrong, epsilon=epsilon) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
 @given(correct=LOSSES, wrong=LOSS_LISTS, shift=st.floats(0, 5000))
 def test_without_epsilon_a_truth_ratio_depends_on_differences_of_losses_alone(mean, correct, wrong, shift):
     """Also where every probability is below the smallest float."""
-    shifted = eval.truth_ratio(correct + shift, [loss + shift for loss in wrong], mean)
-    assert shifted == pytest.approx(eval.truth_ratio(correct, wrong, mean), rel=1e-8)
+    shifted = metrics.truth_ratio(correct + shift, [loss + shift for loss in wrong], mean)
+    assert shifted == pytest.approx(metrics.truth_ratio(correct, wrong, mean), rel=1e-8)
 
 
 @given(LOSSES, LOSS_LISTS, EPSILONS)
 def test_epsilon_is_added_to_the_sum_of_the_options_probabilities(correct, wrong, epsilon):
     p = [math.exp(-loss) for loss in (correct, *wrong)]
-    assert eval.normalised_probability(correct, wrong, epsilon) == pytest.approx(p[0] / (sum(p) + epsilon))
+    assert metrics.normalised_probability(correct, wrong, epsilon) == pytest.approx(p[0] / (sum(p) + epsilon))
 
 
 @given(RATIOS, EPSILONS)
 def test_forget_truth_ratios_are_averaged_as_the_smaller_of_ratio_and_inverse_with_epsilon(ratios, epsilon):
     expected = statistics.fmean(min(r, 1 / (r + epsilon)) for r in ratios)
-    assert eval.forget_truth_ratio(ratios, epsilon) == pytest.approx(expected)
-    assert eval.forget_truth_ratio([0.0], epsilon) == 0
+    assert metrics.forget_truth_ratio(ratios, epsilon) == pytest.approx(expected)
+    assert metrics.forget_truth_ratio([0.0], epsilon) == 0
 
 
 @given(st.lists(st.integers(1, 250), max_size=70), st.integers(0, 200), st.integers(1, 250))
 def test_a_limit_on_the_total_leaves_each_batch_of_30_what_its_longest_prompt_leaves(lengths, new, total):
     batches = [lengths[i : i + 30] for i in range(0, len(lengths), 30)]
     expected = [max(0, min(new, total - max(batch))) for batch in batches for _ in batch]
-    assert eval.generation_limits(lengths, new, total) == expected
-    assert eval.generation_limits(lengths, new, None) == [new] * len(lengths)
+    assert tofu.generation_limits(lengths, new, total) == expected
+    assert tofu.generation_limits(lengths, new, None) == [new] * len(lengths)
 
 
 @given(st.lists(st.integers(0, 9), min_size=3, max_size=30), st.data())
@@ -139,10 +141,10 @@ def test_a_sequence_is_cut_at_its_limit_and_one_that_reaches_it_has_no_eos(text,
     prompt_length = draw.draw(st.integers(1, len(text) - 1))
     limit = draw.draw(st.integers(prompt_length + 1, 40))
     example = Example("row", (*text, 99), prompt_length)
-    cut = eval.cut_to_total(example, limit)
+    cut = tofu.cut_to_total(example, limit)
     assert cut == Example("row", (*text, 99)[:limit], prompt_length)
     assert (99 in cut.ids) == (len(text) < limit)
-    assert eval.cut_to_total(example, None) == example
+    assert tofu.cut_to_total(example, None) == example
 
 
 # --------------------------------------------------------------------------------------------------------- the journal
@@ -166,9 +168,9 @@ def journal_path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("journal") / "folder" / "journal.jsonl"
 
 
-def written(path: Path, entries: list[dict]) -> eval.Journal:
+def written(path: Path, entries: list[dict]) -> inference.Journal:
     path.unlink(missing_ok=True)
-    journal = eval.Journal(path)
+    journal = inference.Journal(path)
     for entry in entries:
         journal.add(entry)
     return journal
@@ -177,8 +179,8 @@ def written(path: Path, entries: list[dict]) -> eval.Journal:
 @given(ENTRIES)
 def test_a_journal_holds_what_was_added_and_so_does_a_new_one_of_the_same_file(journal_path, entries):
     journal = written(journal_path, entries)
-    assert journal.done == merged(entries) == eval.Journal(journal_path).done
-    memory = eval.Journal(None)
+    assert journal.done == merged(entries) == inference.Journal(journal_path).done
+    memory = inference.Journal(None)
     for entry in entries:
         memory.add(entry)
     assert memory.done == merged(entries)
@@ -192,26 +194,26 @@ def test_a_journal_cut_off_anywhere_goes_on_from_its_whole_lines(journal_path, e
     cut = whole[: draw.draw(st.integers(0, len(whole)))]
     journal_path.parent.mkdir(exist_ok=True)
     journal_path.write_bytes(cut)
-    journal = eval.Journal(journal_path)
+    journal = inference.Journal(journal_path)
     kept = entries[: cut.count(b"\n")]
     assert journal.done == merged(kept)
     for entry in more:
         journal.add(entry)
-    assert journal.done == merged(kept + more) == eval.Journal(journal_path).done
+    assert journal.done == merged(kept + more) == inference.Journal(journal_path).done
 
 
 def test_opening_a_whole_journal_leaves_its_file_alone(tmp_path):
     """So that no run that is ended, or a full disk, at this moment takes what is done with it."""
     written(tmp_path / "journal.jsonl", [{"score 0": {"loss": 1.0}}])
     os.utime(tmp_path / "journal.jsonl", ns=(1, 1))
-    assert eval.Journal(tmp_path / "journal.jsonl").done == {"score 0": {"loss": 1.0}}
+    assert inference.Journal(tmp_path / "journal.jsonl").done == {"score 0": {"loss": 1.0}}
     assert (tmp_path / "journal.jsonl").stat().st_mtime_ns == 1
 
 
 def test_a_journal_that_cannot_be_written_names_its_file(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "journal.jsonl"
-    assert str(path) in error_of(eval.Journal(path).add, {"score 0": {"loss": 1.0}})
+    assert str(path) in error_of(inference.Journal(path).add, {"score 0": {"loss": 1.0}})
 
 
 # ------------------------------------------------------------------------------------- tiny models, ours and transformers
@@ -323,7 +325,7 @@ def scored(tmp_path_factory, request) -> Scored:
 
 
 def test_the_sequences_that_are_scored_are_remembered_fully_partly_and_not_at_all(scored):
-    for name in eval.MEMORIZATION:
+    for name in metrics.MEMORIZATION:
         found = {e[name] for e in scored.expected}
         assert 1 in found and len(found) > 4
 
@@ -331,24 +333,20 @@ def test_the_sequences_that_are_scored_are_remembered_fully_partly_and_not_at_al
 @settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 15), st.booleans()), min_size=1, max_size=20), st.integers(1, 300))
 def test_scores_equal_transformers_one_sequence_at_a_time_whatever_the_batches(scored, wanted, budget):
-    batches = []
-    examples, detailed = [scored.examples[i] for i, _ in wanted], [more for _, more in wanted]
-    results = eval.score_answers(scored.pair.model, examples, detailed, budget=budget, on_batch=batches.append)
-    for (i, more), found in zip(wanted, results, strict=True):
+    texts = [Text(str(n), scored.examples[i], memorization if more else mean_loss) for n, (i, more) in enumerate(wanted)]
+    batches = list(inference.score(scored.pair.model, texts, budget=budget))
+    results = merged(batches)
+    for n, (i, more) in enumerate(wanted):
         expected = scored.expected[i] if more else {"loss": scored.expected[i]["loss"]}
-        assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
-    assert merged(batches) == dict(enumerate(results)) and sum(map(len, batches)) == len(wanted)
+        assert results[str(n)] == pytest.approx(expected, rel=2e-3, abs=1e-4)
+    assert set(results) == {text.key for text in texts} and sum(map(len, batches)) == len(wanted)
 
 
 @settings(max_examples=10)
 @given(st.integers(1, 300))
 def test_scores_do_not_depend_on_the_budget(scored, budget):
-    everything = [True] * len(scored.examples)
-    for found, expected in zip(
-        eval.score_answers(scored.pair.model, scored.examples, everything, budget=budget),
-        eval.score_answers(scored.pair.model, scored.examples, everything),
-        strict=True,
-    ):
+    what = scored.pair.model, scored.examples, memorization
+    for found, expected in zip(score_answers(*what, budget=budget), score_answers(*what), strict=True):
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-4)
 
 
@@ -375,7 +373,7 @@ def test_losses_with_a_hidden_token_equal_transformers_with_a_mask_that_leaves_i
     pair = pairs["llama3"]
     examples = draw_hidden(pair, draw)
     for hidden in (True, False):
-        found = eval.score_answers(pair.model, examples, None, pair.tokenizer.eos_id if hidden else None, budget)
+        found = score_answers(pair.model, examples, mean_loss, pair.tokenizer.eos_id if hidden else None, budget)
         expected = [pair.loss(e.ids, e.prompt_length, hidden) for e in examples]
         assert [s["loss"] for s in found] == pytest.approx(expected, rel=1e-4)
 
@@ -393,8 +391,8 @@ def test_generations_with_a_hidden_token_equal_transformers_with_a_mask_that_lea
 
 @pytest.mark.parametrize("kind", ["llama2", "llama2-sentencepiece", "smollm2", "plain"])
 def test_the_mask_quirk_is_refused_for_every_other_prompt_format(pairs, kind, tmp_path):
-    pair, protocol = pairs[kind], replace(OPEN_UNLEARNING, mask_quirk=True)
-    message = error_of(eval.evaluate_and_save, pair.model, pair.tokenizer, {}, tmp_path, "x", protocol=protocol)
+    pair, benchmark = pairs[kind], tofu.Tofu(Options(None, mask_quirk=True))
+    message = error_of(benchmark.evaluate, pair.model, pair.tokenizer, tmp_path, "x", "")
     assert "--mask-quirk" in message and kind.removesuffix("-sentencepiece") in message
     assert not list(tmp_path.iterdir())
 
@@ -443,9 +441,9 @@ def tokens_of(pair: Pair, kind: str, question: str, answer: str) -> tuple[list[i
 )
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
 def test_evaluation_equals_transformers_one_row_at_a_time_for_every_prompt_format(pairs, kind, quirk, mean):
-    pair, protocol = pairs[kind], replace(OPEN_UNLEARNING, mask_quirk=quirk, truth_ratio=mean)
-    sets = {"forget": ROWS, "wf": OPTIONS}
-    log = eval.evaluate_and_save(pair.model, pair.tokenizer, sets, None, "x", 6, protocol=protocol)
+    pair, benchmark = pairs[kind], tofu.Tofu(Options(None, max_new_tokens=6, mask_quirk=quirk, truth_ratio=mean))
+    benchmark.sets = sets = {"forget": ROWS, "wf": OPTIONS}
+    log = benchmark.evaluate(pair.model, pair.tokenizer, None, "x", "")
     assert log["protocol"]["mask_quirk"] == quirk and log["protocol"]["prompt_format"] == kind.split("-")[0]
 
     def probability(row, answer):
@@ -475,7 +473,7 @@ def test_the_mask_quirk_changes_losses_and_generations(pairs):
         ids, n = tokens_of(pair, "llama3", ROWS[0].question, ROWS[0].answer)
         other = pair.loss(ids, n, not mask)
         protocol = replace(OPEN_UNLEARNING, mask_quirk=mask)
-        item = eval.evaluate(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1, protocol=protocol, progress=False)
+        item = tofu.evaluate(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1, protocol=protocol, progress=False)
         assert abs(item["forget"]["f/0"]["loss"] - other) > 0.01
     prompts = [tokens_of(pair, "llama3", row.question, row.answer) for row in ROWS]
     one, two = (
@@ -488,23 +486,24 @@ def test_the_mask_quirk_changes_losses_and_generations(pairs):
 
 
 def test_the_tofu_protocol_is_300_rows_200_tokens_in_total_batches_of_30_and_no_epsilon():
-    assert (TOFU.rows, TOFU.max_total_tokens, TOFU.epsilon, eval.TOFU_GENERATION_BATCH) == (300, 200, 0, 30)
+    assert (TOFU.rows, TOFU.max_total_tokens, TOFU.epsilon, tofu.TOFU_GENERATION_BATCH) == (300, 200, 0, 30)
     assert (OPEN_UNLEARNING.rows, OPEN_UNLEARNING.max_total_tokens, OPEN_UNLEARNING.epsilon) == (None, None, 1e-10)
     assert not OPEN_UNLEARNING.mask_quirk and not TOFU.mask_quirk
 
 
-def test_the_tofu_protocol_evaluates_on_the_first_300_rows_of_each_set(pairs):
+def test_the_tofu_protocol_evaluates_on_the_first_300_rows_of_each_set(pairs, monkeypatch):
     many = [Row(f"f/{i}", f"Who {i}?", f"A{i}.", None, ("B.",)) for i in range(310)]
     few = [replace(row, key=f"r/{i}") for i, row in enumerate(many[:5])]
-    pair = pairs["plain"]
-    log = eval.evaluate_and_save(
-        pair.model, pair.tokenizer, {"forget": many, "retain": few}, None, "x", max_new_tokens=1, protocol=TOFU
-    )
+    monkeypatch.setattr(tofu, "load_rows", lambda spec, *place, **more: many if "forget" in spec else few)
+    pair, benchmark = pairs["plain"], tofu.Tofu(Options("tofu_forget10", protocol="tofu", max_new_tokens=1))
+    log = benchmark.evaluate(pair.model, pair.tokenizer, None, "x", "")
     assert list(log["rows"]["forget"]) == [f"f/{i}" for i in range(300)]
     assert list(log["rows"]["retain"]) == [f"r/{i}" for i in range(5)]
-    assert log["protocol"]["sets"]["forget"]["rows"] == 300
-    rows = eval.apply_row_limit({"forget": many}, OPEN_UNLEARNING)
-    assert rows == {"forget": many}
+    assert log["protocol"]["sets"]["forget"]["rows"] == benchmark.data()["forget"]["rows"] == 300
+    assert tofu.Tofu(Options("tofu_forget10")).sets["forget"] == many
+    monkeypatch.setattr(tofu, "load_rows", lambda *place, **more: many)
+    every = tofu.Tofu(Options("tofu_forget10", protocol="tofu", holdout=True)).sets
+    assert set(every) == {"forget", "retain", "ra", "wf", "holdout"} and {len(rows) for rows in every.values()} == {300}
 
 
 WORDY = [
@@ -530,9 +529,9 @@ def test_the_tofu_protocol_equals_transformers_with_a_max_length_on_left_padded_
     prompts = {row.key: tokens_of(pair, "plain", row.question, "")[1] for row in WORDY}
     limit = max(prompts.values()) + 1 + more
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval, "TOFU_GENERATION_BATCH", size)
+        patch.setattr(tofu, "TOFU_GENERATION_BATCH", size)
         protocol = replace(TOFU, max_total_tokens=limit)
-        results = eval.evaluate(pair.model, pair.tokenizer, sets, 200, 4, progress=False, protocol=protocol)
+        results = tofu.evaluate(pair.model, pair.tokenizer, sets, 200, 4, progress=False, protocol=protocol)
 
     def loss(row, answer):
         ids, n = tokens_of(pair, "plain", row.question, answer)
@@ -563,9 +562,9 @@ def test_the_limits_tried_cut_some_sequences_fit_others_exactly_and_shorten_gene
     found = []
     for size in (1, 30):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(eval, "TOFU_GENERATION_BATCH", size)
+            patch.setattr(tofu, "TOFU_GENERATION_BATCH", size)
             protocol = replace(TOFU, max_total_tokens=limits[0])
-            found.append(eval.evaluate(pair.model, pair.tokenizer, {"wf": WORDY}, progress=False, protocol=protocol))
+            found.append(tofu.evaluate(pair.model, pair.tokenizer, {"wf": WORDY}, progress=False, protocol=protocol))
     assert found[0] != found[1]  # by generations that padding cut short
 
 
@@ -575,7 +574,7 @@ def test_a_prompt_that_leaves_no_answer_within_the_limit_is_named(pairs, longer)
     limit = tokens_of(pair, "plain", row.question, "")[1] - longer
     protocol = replace(TOFU, max_total_tokens=limit)
     with pytest.raises((EvalError, DataError)) as caught:
-        eval.evaluate(pair.model, pair.tokenizer, {"forget": [row]}, 2, progress=False, protocol=protocol)
+        tofu.evaluate(pair.model, pair.tokenizer, {"forget": [row]}, 2, progress=False, protocol=protocol)
     assert row.key in str(caught.value) and str(limit) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -593,9 +592,9 @@ def holdout() -> list[Row]:
 def with_holdout(pairs, holdout):
     pair, prompts = pairs["plain"], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eval, "generate", lambda model, some, *more: prompts.extend(some) or generate(model, some, *more))
+        patch.setattr(inference, "generate", lambda model, some, *more: prompts.extend(some) or generate(model, some, *more))
         sets = {"forget": ROWS, "holdout": holdout, "wf": OPTIONS}
-        return eval.evaluate(pair.model, pair.tokenizer, sets, 3, progress=False), prompts
+        return tofu.evaluate(pair.model, pair.tokenizer, sets, 3, progress=False), prompts
 
 
 def test_holdout_rows_are_scored_and_not_generated_from(pairs, with_holdout, holdout):
@@ -624,22 +623,22 @@ def test_forget_and_holdout_items_hold_the_scores_of_their_answer_and_no_others_
 
 def test_the_aggregate_holds_the_aucs_of_forget_against_holdout_and_the_forget_sets_memorization(with_holdout):
     results, _ = with_holdout
-    scores = eval.aggregate(results, 1e-10)
+    scores = metrics.aggregate(results, 1e-10)
     forget, unseen = (list(results[name].values()) for name in ("forget", "holdout"))
-    for name in eval.MEMBERSHIP:
+    for name in metrics.MEMBERSHIP:
         pairs = [h[name] > f[name] for f in forget for h in unseen]
         assert scores[name] == pytest.approx(statistics.fmean(pairs))
-    for name in eval.MEMORIZATION:
+    for name in metrics.MEMORIZATION:
         assert scores[name] == pytest.approx(statistics.fmean(item[name] for item in forget))
     assert not any(name.startswith("holdout") for name in scores)
-    without = eval.aggregate({k: v for k, v in results.items() if k != "holdout"}, 1e-10)
-    assert without == {k: v for k, v in scores.items() if k not in eval.MEMBERSHIP}
+    without = metrics.aggregate({k: v for k, v in results.items() if k != "holdout"}, 1e-10)
+    assert without == {k: v for k, v in scores.items() if k not in metrics.MEMBERSHIP}
 
 
 @pytest.mark.parametrize("name", ["forget", "wf"])
 def test_a_row_without_perturbed_answers_is_refused_in_every_other_set(pairs, holdout, name):
     pair = pairs["plain"]
-    message = error_of(eval.evaluate, pair.model, pair.tokenizer, {name: holdout}, kind=DataError, progress=False)
+    message = error_of(tofu.evaluate, pair.model, pair.tokenizer, {name: holdout}, kind=DataError, progress=False)
     assert "h/0" in message and "perturbed_answer" in message
 
 
@@ -652,15 +651,15 @@ def test_an_interrupted_evaluation_ends_as_the_whole_one_and_does_nothing_twice(
     pair, (expected, _) = pairs["plain"], with_holdout
     sets = {"forget": ROWS, "holdout": holdout, "wf": OPTIONS}
     with pytest.MonkeyPatch.context() as patch:
-        bars, tqdm = [], eval.tqdm
-        patch.setattr(eval, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
+        bars, tqdm = [], inference.tqdm
+        patch.setattr(inference, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
         path = Path(pair.tokenizer.folder).parent / "interrupted" / "journal.jsonl"
         path.unlink(missing_ok=True)
-        eval.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
+        tofu.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
         whole = path.read_bytes()
         lines = whole[: int(part * len(whole))].split(b"\n")
         path.write_bytes(b"\n".join(lines))
-        again = eval.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
+        again = tofu.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
         assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)) for x in lines[:-1])]
         assert sum(len(json.loads(x)) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
     for name, items in expected.items():
@@ -683,7 +682,7 @@ def test_smollm2_is_evaluated_as_transformers_would():
     row = Row(
         "r/0", "Who wrote 'Hamlet'?", "William Shakespeare wrote it.", "It is by Shakespeare.", ("Marlowe did.", "Goethe.")
     )
-    results = eval.evaluate(model, data.Tokenizer(folder), {"forget": [row]}, 12, progress=False)["forget"]["r/0"]
+    results = tofu.evaluate(model, data.Tokenizer(folder), {"forget": [row]}, 12, progress=False)["forget"]["r/0"]
 
     def tokens(answer):
         turns = [{"role": "user", "content": row.question}, {"role": "assistant", "content": answer}]

@@ -16,11 +16,17 @@ from claims import claim
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import data
 import dipo
-import eval as evaluation
+import hints
+import metrics
+import tofu
+import toy
 import train
+from eval import main as evaluate
 from model import Llama, LlamaConfig, load_pretrained, save_pretrained
+from reference import CachedReference, RecomputedReference
 
 TINY = LlamaConfig(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -36,7 +42,7 @@ SMALL = (
 def tiny(tmp_path_factory):
     """A folder with a tiny random Llama and a small toy tokenizer."""
     home = tmp_path_factory.mktemp("tiny")
-    tokenizer = data.train_toy_tokenizer(0, home / "tokenizer", vocab_size=400)
+    tokenizer = toy.train_toy_tokenizer(0, home / "tokenizer", vocab_size=400)
     return save_pretrained(Llama(TINY).init_weights(0), home / "model", tokenizer)
 
 
@@ -72,7 +78,7 @@ def records(folder) -> list[dict]:
 
 LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
 LOSSES += [("simnpo", "gd"), ("dpo", "gd"), ("dpo", "kl")]
-REFERENCED = [losses for losses in LOSSES if {*losses} & {*train.NEEDS_REFERENCE}]
+REFERENCED = [losses for losses in LOSSES if any(dipo.LOSSES[name].reference for name in losses if name != "none")]
 OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
 
 
@@ -82,7 +88,7 @@ def seven(tiny) -> dict[str, list[data.Example]]:
     tokenizer = data.Tokenizer(tiny)
     examples = {}
     for role, name in (("forget", "toy_forget10[:7]"), ("retain", "toy_retain90[:7]")):
-        examples[role] = tokenizer.encode_rows(data.load_rows(name))
+        examples[role] = tokenizer.encode_rows(tofu.load_rows(name))
         e = examples[role][4]
         examples[role][4] = dataclasses.replace(e, ids=e.ids + 2 * e.ids[e.prompt_length :])
     return examples
@@ -91,7 +97,7 @@ def seven(tiny) -> dict[str, list[data.Example]]:
 @functools.lru_cache(maxsize=1)
 def refusals(tiny) -> dict[data.Example, list[data.Example]]:
     """The one refusal of each forget example, now shorter and now longer than the answer."""
-    tokenizer, rows = data.Tokenizer(tiny), data.load_rows("toy_forget10[:7]")
+    tokenizer, rows = data.Tokenizer(tiny), tofu.load_rows("toy_forget10[:7]")
     texts = ["I don't know.", "No.", "That is nothing I could say anything about, I am afraid."]
     pairs = zip(seven(tiny)["forget"], rows, strict=True)
     return {e: [tokenizer.encode(row.question, texts[i % 3], f"{e.key} no")] for i, (e, row) in enumerate(pairs)}
@@ -108,7 +114,7 @@ def flat_gradient(model: Llama) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def gradients(tiny, losses, micro, order=range(7), score_fn=train.position_scores, out=Path("unused"), **options):
+def gradients(tiny, losses, micro, order=range(7), position_terms=dipo.position_terms, out=Path("unused"), **options):
     """Of one step of a float64 model that is away from its reference; norms are float32 there, too."""
     model = load_pretrained(tiny, dtype=torch.float64)
     examples = {role: [x[i] for i in order] for role, x in seven(tiny).items()}
@@ -118,64 +124,53 @@ def gradients(tiny, losses, micro, order=range(7), score_fn=train.position_score
     reference = train.make_reference(model, config, examples | answers, 1, out)
     assert (reference is None) == (losses not in REFERENCED)
     move(model)
-    parts = {"forget": (losses[0], 1.0, examples["forget"]), "retain": (losses[1], 0.5, examples["retain"])}
-    if losses[0] == "dpo":
-        parts["forget"] = ("dpo", 1.0, [x for e in examples["forget"] for x in (e, *refusals(tiny)[e])])
-    if losses[1] == "none":
-        del parts["retain"]
-    metrics = train.compute_gradients(model, reference, config, parts, score_fn)
+    parts = {}
+    for role, (name, weight) in config.terms.items():
+        groups = [(e, *refusals(tiny)[e]) if name == "dpo" else (e,) for e in examples[role]]
+        parts[role] = train.Part(name, weight, groups)
+    metrics = train.compute_gradients(model, reference, config.objective, parts, micro, position_terms)
     return flat_gradient(model), metrics
 
 
 def written_out(tiny, losses, **options):
-    """The same from each sequence on its own: all its logits at once, DiPO with its four sequence KLs."""
+    """The same from whole sequences, each on its own (with its refusal): all its logits at once, DiPO with its four KLs."""
     policy = load_pretrained(tiny, dtype=torch.float64)
     reference = policy.frozen_copy()
     move(policy)
-    config = train.Config(forget_loss=losses[0], retain_loss=losses[1], **options)
-    metrics, total, swapped, positions = {}, 0.0, 0, 0
+    objective = train.Config(forget_loss=losses[0], retain_loss=losses[1], lam=0.5, **options).objective
+    pair = {k: getattr(objective, k) for k in ("alpha", "p", "filter", "center")}
+    metrics, total, swapped, positions = {"loss": 0.0}, 0.0, 0, 0
 
-    def logits_of(e):
-        ids, answer = torch.tensor([e.ids[:-1]]), slice(e.prompt_length - 1, None)
-        z, z_ref = (m.lm_head(m.hidden(ids))[:, answer] for m in (policy, reference))
-        return z, z_ref, torch.tensor([e.ids[e.prompt_length :]]), torch.ones(1, e.answer_length, dtype=torch.bool)
+    def logits_of(model, e):
+        return model.lm_head(model.hidden_states(torch.tensor([e.ids[:-1]])))[0, e.prompt_length - 1 :]
 
-    for role, name, weight in zip(("forget", "retain"), losses, (1.0, 0.5), strict=True):
-        if name == "none":
-            continue
-        found = {"loss": [], "nll": [], "margin": []}
-        beta = config.forget_beta if role == "forget" else config.retain_beta
+    def padded(rows):
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    for role, (name, weight) in objective.terms().items():
+        sums, tokens = {"loss": 0.0, "nll": 0.0, "margin": 0.0}, sum(e.answer_length for e in seven(tiny)[role])
         for e in seven(tiny)[role]:
-            z, z_ref, targets, mask = logits_of(e)
-            nll = dipo.nll(z, targets, mask)
+            group = [e, *refusals(tiny)[e]] if name == "dpo" else [e]
+            z, z_ref = (padded([logits_of(m, x) for x in group]) for m in (policy, reference))
+            targets = padded([torch.tensor(x.ids[x.prompt_length :]) for x in group])
+            mask = padded([torch.ones(x.answer_length, dtype=torch.bool) for x in group])
+            beta = objective.beta_of(name)
             if name == "dipo":
-                source = z if config.pair_from == "policy" else z_ref
-                memory, forgetting = dipo.preference_pair(source, config.alpha, config.p, config.filter, config.center)
+                memory, forgetting = dipo.preference_pair(z if objective.pair_from == "policy" else z_ref, **pair)
                 w, l = (forgetting, memory) if role == "forget" else (memory, forgetting)  # noqa: E741
                 u = dipo.reward_margin(*(x.log_softmax(-1) for x in (z, z_ref, w, l)), mask, beta)
-                u = u / e.answer_length if config.reduction == "mean" else u
-                loss = dipo.bradley_terry_loss(u)
-                found["margin"].append(u.detach())
+                u = u / e.answer_length if objective.reduction == "mean" else u
+                loss, sums["margin"] = dipo.bradley_terry_loss(u), sums["margin"] + u.item() / 7
                 swapped += int((memory.logsumexp(-1) < forgetting.logsumexp(-1)).sum())
                 positions += e.answer_length
-            elif name == "npo":
-                loss = dipo.npo_loss(z, z_ref, targets, mask, beta)
-            elif name == "simnpo":
-                loss = dipo.simnpo_loss(z, targets, mask, beta)
-            elif name == "dpo":
-                no, no_ref, *labels = logits_of(*refusals(tiny)[e])
-                gaps = nll - dipo.nll(z_ref, targets, mask), dipo.nll(no, *labels) - dipo.nll(no_ref, *labels)
-                loss = dipo.dpo_loss(*gaps, beta)
             else:
-                loss = {"gd": nll, "ga": -nll, "kl": dipo.kl_loss(z, z_ref, mask)}[name]
-            found["loss"].append(loss)
-            found["nll"].append(nll.detach())
-        tokens = sum(e.answer_length for e in seven(tiny)[role])
-        divisor = 7 if name in ("dipo", "npo", "simnpo", "dpo") else tokens
-        loss = sum(found["loss"]) / divisor
-        total = total + weight * loss
-        metrics |= {f"loss/{role}": loss.item(), f"nll/{role}": sum(found["nll"]).item() / tokens}
-        metrics |= {f"margin/{role}": sum(found["margin"]).item() / 7} if name == "dipo" else {}
+                loss = dipo.sequence_losses(name, z, mask, ref_logits=z_ref, targets=targets, role=role, beta=beta)[0]
+            sums["loss"] = sums["loss"] + loss / (7 if name in ("dipo", "npo", "simnpo", "dpo") else tokens)
+            nll = torch.nn.functional.cross_entropy(z[0, : e.answer_length], targets[0, : e.answer_length], reduction="sum")
+            sums["nll"] += nll.item() / tokens
+        total = total + weight * sums["loss"]
+        sums["loss"] = sums["loss"].detach()
+        metrics |= {f"{k}/{role}": float(v) for k, v in sums.items() if k != "margin" or name == "dipo"}
     total.backward()
     metrics |= {"loss": total.item(), "grad_norm": flat_gradient(policy).norm().item()}
     return flat_gradient(policy), metrics | ({"swapped": swapped / positions} if positions else {})
@@ -245,10 +240,10 @@ def test_the_loss_in_chunks_is_the_loss_of_whole_sequences(tiny, monkeypatch, lo
 
     def score(*arguments):
         sizes.append(len(arguments[3]))
-        return train.position_scores(*arguments)
+        return dipo.position_terms(*arguments)
 
     monkeypatch.setattr(train, "CHUNK", limit * TINY.vocab_size)
-    found = gradients(tiny, losses, micro, score_fn=score, **options)
+    found = gradients(tiny, losses, micro, position_terms=score, **options)
     lengths = [e.answer_length for role in dipo.ROLES[: 1 + (losses[1] != "none")] for e in seven(tiny)[role]]
     if losses[0] == "dpo":  # an answer and its refusal stay together
         lengths[:7] = [n + refusals(tiny)[e][0].answer_length for n, e in zip(lengths, seven(tiny)["forget"], strict=False)]
@@ -291,11 +286,10 @@ def test_the_reference_stays_the_start_of_the_run(tiny, micro, which, dtype):
     wanted = [examples[i] for i in which]
     with torch.no_grad():
         logits = model(**data.pack(wanted).inputs)
-    references = [train.CachedReference(model, examples, train.Config(micro_batch_size=micro), Path("unused"))]
-    references.append(train.RecomputedReference(model))
+    references = [CachedReference(model, examples, micro, Path("unused")), RecomputedReference(model)]
     move(model)
-    for reference in references:
-        found = torch.nn.functional.linear(reference.hidden(wanted), reference.head).float()
+    for start in references:
+        found = torch.nn.functional.linear(start.answer_states(wanted), start.head).float()
         torch.testing.assert_close(found, logits, rtol=0, atol=1e-5 if dtype == "float32" else 0.1)
 
 
@@ -306,7 +300,7 @@ def test_the_cached_reference_holds_what_the_run_draws_and_its_losses_need(tiny,
     config = train.Config(batch_size=batch, forget_loss=losses[0], retain_loss=losses[1])
     needed = set()
     for role, name in zip(("forget", "retain"), losses, strict=True):
-        if name in train.NEEDS_REFERENCE:
+        if name != "none" and dipo.LOSSES[name].reference:
             needed |= {e for s in range(steps) for e in data.draw(examples[role], config.seed, role, s * batch, batch)}
             needed |= {x for e in needed & refusals(tiny).keys() for x in refusals(tiny)[e]} if name == "dpo" else set()
     reference = train.make_reference(model, config, examples, steps, Path("unused"))
@@ -342,7 +336,7 @@ def test_a_run_writes_its_folder_and_repeats_bit_for_bit(cli, tiny):
     assert not same(weights("a"), weights(tiny))
     stored = json.loads(Path("a/config.json").read_text())
     assert stored["config"].keys() == {f.name for f in dataclasses.fields(train.Config)}
-    assert stored["data"]["forget"] == {"rows": 10, "fingerprint": data.fingerprint(data.load_rows("toy_forget10[:10]"))}
+    assert stored["data"]["forget"] == {"rows": 10, "fingerprint": data.fingerprint(tofu.load_rows("toy_forget10[:10]"))}
     assert stored["versions"]["torch"] == torch.__version__
     assert {p.name for p in Path("a").iterdir()} == {"config.json", "log.jsonl", "model", "summary.json"}
 
@@ -438,7 +432,7 @@ def test_a_run_in_small_chunks_is_the_same_run(cli, monkeypatch, positions, refe
 
 def test_states_past_the_limit_lie_in_a_file_for_as_long_as_the_run_lasts(cli, tiny, monkeypatch, capsys):
     cli(*SMALL, "--out", "whole")
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr("reference.IN_MEMORY", 0)
     original, sizes = train.compute_gradients, []
 
     def watched(model, reference, *arguments):
@@ -455,7 +449,7 @@ def test_states_past_the_limit_lie_in_a_file_for_as_long_as_the_run_lasts(cli, t
         assert train.main([*SMALL, "--model", str(tiny), "--no-eval", "--out", "cut"]) == 130
     assert "MB in a file of cut" in capsys.readouterr().out
     assert cli("--resume", "--out", "cut", model=False)[0] == 0
-    rows = data.load_rows("toy_forget10[:10]") + data.load_rows("toy_retain90[:20]")
+    rows = tofu.load_rows("toy_forget10[:10]") + tofu.load_rows("toy_retain90[:20]")
     positions = sum(e.answer_length for e in data.Tokenizer(tiny).encode_rows(rows))
     assert sizes == 5 * [positions * TINY.hidden_size * 4]
     assert same(weights("cut"), weights("whole")) and records("cut") == records("whole")
@@ -466,7 +460,7 @@ def test_no_space_for_the_states_is_one_line(cli, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "IN_MEMORY", 0)
+    monkeypatch.setattr("reference.IN_MEMORY", 0)
     monkeypatch.setattr(os, "posix_fallocate", full)
     status, message = cli(*SMALL, "--out", "a")
     assert status == 2 and message.startswith("error: a/reference.bin: ") and message.count("\n") == 1
@@ -494,13 +488,13 @@ def test_an_existing_folder_is_refused_and_left_alone(cli):
 
 def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_good_state(cli, monkeypatch):
     cli(*SMALL, "--out", "whole")
-    original, calls = train.position_scores, itertools.count(1)
+    original, calls = dipo.position_terms, itertools.count(1)
 
     def broken(*arguments):
-        scores, *rest = original(*arguments)
-        return (scores * float("nan") if next(calls) == 10 else scores, *rest)  # in the third step
+        terms, *rest = original(*arguments)
+        return (terms * float("nan") if next(calls) == 10 else terms, *rest)  # in the third step
 
-    monkeypatch.setattr(train, "position_scores", broken)
+    monkeypatch.setattr(dipo, "position_terms", broken)
     status, message = cli(*SMALL, "--out", "cut")
     assert (
         status == 2 and "step 3 of 5: loss is nan; lower --lr" in message and message.count("\n") <= 1 + message.count("\r")
@@ -513,12 +507,12 @@ def test_a_non_finite_loss_stops_before_the_step_and_keeps_the_last_good_state(c
 @pytest.fixture
 def negative_logits(monkeypatch):
     """The output head of policy and reference subtracts 1000."""
-    original = train.position_scores
+    original = dipo.position_terms
 
-    def shifted(name, role, config, logits, ref_logits, targets):
-        return original(name, role, config, logits - 1000, ref_logits - 1000, targets)
+    def shifted(name, role, objective, logits, ref_logits, targets):
+        return original(name, role, objective, logits - 1000, ref_logits - 1000, targets)
 
-    monkeypatch.setattr(train, "position_scores", shifted)
+    monkeypatch.setattr(dipo, "position_terms", shifted)
 
 
 @pytest.mark.usefixtures("negative_logits")
@@ -548,7 +542,7 @@ def test_no_space_for_a_checkpoint_is_one_line(cli, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     status, message = cli(*SMALL, "--out", "a")
     assert status == 2 and "No space left" in message and "--resume" in message and not Path("a/checkpoint.part").exists()
 
@@ -608,12 +602,12 @@ EVAL = ["--eval-retain", "toy_retain_perturbed[:3]", "--max-new-tokens", "3"]
 @pytest.fixture
 def short_options(monkeypatch):
     """Evaluate on three real-authors and world-facts rows."""
-    original = data.evaluation_sets
+    original = tofu.evaluation_sets
 
     def short(*arguments):
         return {k: v + "[:3]" if k in ("ra", "wf") else v for k, v in original(*arguments).items()}
 
-    monkeypatch.setattr(evaluation, "evaluation_sets", short)
+    monkeypatch.setattr(tofu, "evaluation_sets", short)
 
 
 def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
@@ -621,7 +615,7 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
     assert status == 0
     summary = json.loads(Path("a/summary.json").read_text())
     for name in ("target", "unlearned", "retrained"):
-        assert summary[name]["parts"].keys() == set(evaluation.UTILITY_PARTS)
+        assert summary[name]["parts"].keys() == set(metrics.UTILITY_PARTS)
         assert 0 <= summary[name]["forget_quality"] <= 1 and 0 <= summary[name]["model_utility"] <= 1
     assert summary["retrained"]["forget_quality"] == summary["target"]["forget_quality"] == 1.0
     recorded = json.loads(Path("a/config.json").read_text())["data"]
@@ -642,7 +636,7 @@ def test_evaluation_trajectory_and_summary(cli, tiny, short_options, capsys):
         "--out",
         "e.json",
     ]
-    assert evaluation.main(arguments) == 0
+    assert evaluate(arguments) == 0
     assert json.loads(Path("e.json").read_text())["model"] == summary["unlearned"]
 
 
@@ -724,7 +718,7 @@ def test_muse_end_to_end(cli, muse, chunking, capsys):
     found = json.loads((folder / "MUSE_EVAL.json").read_text())
     assert found["privleak"]["agg_value"] == summary["unlearned"]["privleak"]
     argv = ["--model", "a", "--forget", "muse_news[:2]", "--data-dir", str(muse), "--retain-logs", str(folder / "log.json")]
-    assert evaluation.main([*argv, "--show", "1"]) == 0  # evaluated by the run: read
+    assert evaluate([*argv, "--show", "1"]) == 0  # evaluated by the run: read
     out = capsys.readouterr().out
     assert "PrivLeak against" in out and out.count("ROUGE-L F1") == 3
 
@@ -820,7 +814,7 @@ HINTS = {
 
 @pytest.mark.parametrize("given, expected", HINTS.values(), ids=HINTS)
 def test_each_failure_is_told_with_its_remedy(given, expected):
-    found = train.hints(*given)
+    found = hints.hints(*given)
     assert len(found) == len(expected) and all(part in line for part, line in zip(expected, found, strict=True))
     assert all("--lr" in line and "\n" not in line for line in found)
 
@@ -829,8 +823,8 @@ def test_a_run_that_fails_prints_its_hints(cli, tiny, short_options, capsys):
     arguments = [*SMALL, *EVAL, "--retain-model", tiny, "--out", "a", "--epochs", "1", "--eval-every", "1"]
     assert train.main([*map(str, arguments), "--model", str(tiny), "--lr", "1e-9"]) == 0
     out = capsys.readouterr().out
-    hints = json.loads(Path("a/summary.json").read_text())["hints"]
-    assert hints and [line.removeprefix("hint: ") for line in out.splitlines() if line.startswith("hint: ")] == hints
+    kept = json.loads(Path("a/summary.json").read_text())["hints"]
+    assert kept and [line.removeprefix("hint: ") for line in out.splitlines() if line.startswith("hint: ")] == kept
 
 
 # ---------------------------------------------------------------------------------------------- command line, bad input
@@ -872,7 +866,7 @@ def test_the_toy_model_knows_toy_sets_only(cli):
 
 
 def test_missing_eval_libraries_are_told_before_any_work(cli, monkeypatch):
-    monkeypatch.setattr(evaluation, "ks_2samp", None)
+    monkeypatch.setattr(metrics, "ks_2samp", None)
     status, message = cli(*SMALL, "--out", "a", evaluate=True)
     assert status == 2 and "pip install -e '.[eval]'" in message and not Path("a").exists()
 
@@ -895,7 +889,8 @@ def test_help_tells_every_flag_with_its_default(capsys):
 
 def test_the_papers_hyper_parameters_are_the_defaults():
     config = train.make_config({"model": "llama2-7b", "forget": "tofu_forget10"})
-    assert (config.forget_beta, config.retain_beta, config.p, config.lam) == (0.05, 0.05, 0.05, 1.0)
+    assert config.objective == dipo.Objective()
+    assert (config.objective.beta_of("dipo"), config.p, config.lam) == (0.05, 0.05, 1.0)
     assert (config.lr, config.epochs, config.batch_size, config.weight_decay, config.warmup_epochs) == (
         1e-5,
         10,
@@ -905,9 +900,9 @@ def test_the_papers_hyper_parameters_are_the_defaults():
     )
 
 
-def test_the_readme_documents_exactly_the_logged_keys(cli):
+def test_docs_running_documents_exactly_the_logged_keys(cli):
     cli(*SMALL, "--out", "a")
     cli("--finetune", "toy_full[:4]", "--epochs", "1", "--out", "b")
     logged = {key for run in "ab" for key in json.loads(Path(run, "log.jsonl").read_text().splitlines()[0])}
-    readme = (Path(train.__file__).parent / "README.md").read_text().split("Keys of `log.jsonl`")[1].split("\n## ")[0]
-    assert set(re.findall(r"^\| `([^`]+)` \|", readme, re.M)) == logged
+    page = (Path(train.__file__).parent / "docs/running.md").read_text().split("Keys of `log.jsonl`")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", page, re.M)) == logged

@@ -1,11 +1,11 @@
 """What evaluation costs: scoring answers and greedy generation, ours against transformers, side by side.
 
-python bench/eval.py --quick --json eval.json          random weights in SmolLM2-135M's shape: generations that never end
-python bench/eval.py --quick --model RUN --data-dir DATA   a model finetuned on TOFU: answers that end by themselves
+python bench/generation.py --quick --json FILE                   random weights in SmolLM2-135M's shape: endless generations
+python bench/generation.py --quick --model RUN --data-dir DATA   a model finetuned on TOFU: answers that end by themselves
 
 Needs transformers: pip install -e '.[test]'. Both sides take turns on the same rows with the same weights; a ratio is the
-median over the turns. Ours: the model as training holds it, float32 weights and --dtype activations, through the functions
-of `evaluate`; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order
+median over the turns. Ours: the model as training holds it, float32 weights and --dtype activations, by the functions of
+an evaluation; casting the weights counts. Transformers: weights in --dtype, sdpa attention, KV cache, batches in row order
 as in open-unlearning; scoring right-padded with logits at all positions, generating left-padded.
 """
 
@@ -23,21 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path[:1] = [str(HERE.parent), str(HERE)]  # this folder last: its eval.py is another
-from machine import pick_dtype  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import DataError, Example, Tokenizer, load_rows  # noqa: E402
-from eval import score_answers  # noqa: E402
-from model import Llama, LlamaConfig, ModelError, generate, load_pretrained, resolve_folder  # noqa: E402
+from bench.machine import pick_dtype  # noqa: E402
+from data import Example, Tokenizer  # noqa: E402
+from files import UserError  # noqa: E402
+from inference import Text, mean_loss, score  # noqa: E402
+from model import Llama, LlamaConfig, generate, load_pretrained, resolve_folder  # noqa: E402
+from tofu import load_rows  # noqa: E402
 
 try:
     import transformers
 except ImportError:
-    sys.exit("error: bench/eval.py compares with transformers, which is not installed: pip install -e '.[test]'")
+    sys.exit("error: bench/generation.py compares with transformers, which is not installed: pip install -e '.[test]'")
 
 SMOLLM2 = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=1e5, tie_word_embeddings=True, eos_token_ids=(2,))
-GENERATION_BATCH, SCORING_BATCH = 64, 32  # evaluate's, for both sides; open-unlearning's, of rows
+GENERATION_BATCH, SCORING_BATCH = 64, 32  # an evaluation's, for both sides; open-unlearning's, of rows
 LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}  # transformers' logits, and so its losses, are in --dtype
 TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # two logits that rounding may swap
 
@@ -107,7 +108,9 @@ def generate_reference(model, prompts: list[list[int]], new_tokens: int, stop: l
 
 
 def score_ours(model: Llama, examples: list[Example]) -> list[float]:
-    return [x["loss"] for x in score_answers(evaluated(model), examples)]
+    texts = [Text(str(i), example, mean_loss) for i, example in enumerate(examples)]
+    losses = {key: scores["loss"] for found in score(evaluated(model), texts) for key, scores in found.items()}
+    return [losses[text.key] for text in texts]
 
 
 def generate_ours(model: Llama, prompts: list[list[int]], new_tokens: int, stop: list[int]) -> list[list[int]]:
@@ -120,7 +123,7 @@ def generate_ours(model: Llama, prompts: list[list[int]], new_tokens: int, stop:
 
 
 def evaluated(model: Llama) -> Llama:
-    """What `evaluate` computes with."""
+    """What an evaluation computes with."""
     if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
         return model.frozen_copy()
     return model
@@ -171,7 +174,7 @@ def main() -> int:
     try:
         ours = load(args, dtype)
         examples, stop, source = load_examples(args, ours.config.vocab_size, rows)
-    except (DataError, ModelError) as e:
+    except UserError as e:
         sys.exit(f"error: {e}")
     theirs = load_reference(ours, dtype)
     stop = sorted(stop | set(ours.config.eos_token_ids))
@@ -182,9 +185,9 @@ def main() -> int:
         f"torch {torch.__version__}, transformers {transformers.__version__}",
         flush=True,
     )
-    for model, score, gen in ((ours, score_ours, generate_ours), (theirs, score_reference, generate_reference)):
-        score(model, examples[:2])
-        gen(model, prompts[:2], 2, stop)
+    for model, scoring, generating in ((ours, score_ours, generate_ours), (theirs, score_reference, generate_reference)):
+        scoring(model, examples[:2])
+        generating(model, prompts[:2], 2, stop)
 
     our_scoring, their_scoring, our_losses, their_losses = in_turns(
         lambda: score_ours(ours, examples), lambda: score_reference(theirs, examples), args.turns

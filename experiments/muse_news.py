@@ -1,11 +1,11 @@
 """MUSE News: growing forget sets (scalability) and one request after the other (sustainability), DiPO against NPO+GD.
 
-python experiments/muse.py --scale toy
+python experiments/muse_news.py --scale toy
 
 The learning rate is searched on the first growing set, the same values for both methods: of those that keep 90 % of the
 target's utility the one with PrivLeak nearest to zero; if none does, the one that keeps most.
 
-At toy scale the corpus is the toy authors in MUSE's layout (`data.toy_muse`), at smollm2 scale a slice of the real
+At toy scale the corpus is the toy authors in MUSE's layout (`toy_muse.py`), at smollm2 scale a slice of the real
 texts (`muse_slice`).
 """
 
@@ -19,7 +19,6 @@ from common import (
     METHODS,
     Lab,
     color,
-    evaluation,
     finetune_once,
     job,
     link_smollm2_data,
@@ -32,11 +31,16 @@ from common import (
     spell,
     spread,
     subplots,
-    train,
     variable,
 )
+from toy_muse import toy_muse, write_muse
 
-from data import fingerprint, load_muse, toy_muse, write_muse
+import eval as evaluation
+import toy
+import train
+from config import RUNS, Config
+from data import fingerprint
+from muse import load_muse
 
 SHOWN = ("DiPO", "NPO+GD")
 SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", "PrivLeak": "privleak",
@@ -64,7 +68,7 @@ def run_flags(home: Path, request: str, seed: int) -> list[str]:
 def toy_home(seed: int) -> Path:
     """Named by what the corpus holds."""
     name = f"muse-{fingerprint([*toy_muse(seed).items()])[:8]}"
-    return train.toy_base(train.make_config({"seed": seed})).parent / name
+    return toy.toy_base(seed, Config.toy_vocabulary, RUNS, train.TOY_FINETUNE).parent / name
 
 
 def prepare_toy(request: str, seed: int, epochs: float = 12.0) -> int:
@@ -185,7 +189,7 @@ def experiment(lab: Lab) -> None:
     text = markdown(["MUSE News", *SCORES], rows) + f"\n\nIn percent. {note(seeds)} Learning rates "
     text += ", ".join(f"{m} {lr:g}" for m, lr in chosen.items())
     text += f" (tried: {spell(RATES[name])}). VerbMem, KnowMem and PrivLeak always on the first forget set."
-    text += " A slice of the texts for a CPU: `muse_slice` in experiments/muse.py." if name == "smollm2" else ""
+    text += " A slice of the texts for a CPU: `muse_slice` in experiments/muse_news.py." if name == "smollm2" else ""
     figure, axes = subplots(1 + len(sequence), 4, size=(3.4, 3.0))
     for row, way in enumerate(("growing", "in sequence")[: 1 + len(sequence)]):
         for axis, (label, key) in zip(axes[row], SCORES.items(), strict=True):

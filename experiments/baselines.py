@@ -1,6 +1,6 @@
 """TOFU: does DiPO forget better than the baselines at the same utility? Forget 1, 5, 10 %; the same search for each method.
 
-python experiments/tofu.py --scale toy
+python experiments/baselines.py --scale toy
 """
 
 import statistics
@@ -55,13 +55,15 @@ def experiment(lab: Lab) -> None:
                 spread(probability) if probability else "broke down", describe(chosen[name]),
             ])  # fmt: skip
         unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
-        head = ["", "forget quality", f"on seeds {unseen}", "utility / target's"]
-        text += f"**{forget}**\n\n" + markdown([*head, "forget answers' probability", "chosen"], rows) + "\n\n"
+        head = ["", "forget quality", f"on seeds {unseen}", "utility / target's", "forget answers' probability"]
+        text += f"**{forget}**\n\n" + markdown([*head, "chosen"], rows) + "\n\n"
+        short = markdown([forget, *head[1:]], [row[:-1] for row in rows])  # the last one, the largest, for the main README
         text += paired("DiPO", "NPO+GD", outcomes)
         scatter(axis, outcomes, f"{scale.name}, {forget}")
     axes[0][-1].legend(fontsize=8)
     text += f"{note(scale.seeds)} {budget(scale, scale.methods)}"
     lab.write(text, figure)
+    (lab.folder / "tofu-short.md").write_text(f"{short}\n", encoding="utf-8")
 
 
 def paired(ours: str, theirs: str, outcomes: dict[str, list[tuple[float, float]]]) -> str:

@@ -1,0 +1,221 @@
+"""What decides a run: every hyper-parameter with its flag, the presets, and what the run folder keeps of them."""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dipo
+from checkpoint import RunError
+from data import PROMPT_FORMATS
+from dipo import LOSSES, Objective
+from eval import ALIASES, benchmark_of
+from files import UserError, first_line, read_json, write_json
+
+RUNS = Path("runs")
+
+
+def option(default, help: str, choices: tuple | Callable[[], tuple] | None = None, type: type | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices, "type": type})
+
+
+BETAS = ", ".join(f"{name} {row.beta}" for name, row in LOSSES.items() if row.beta)
+SOURCES = {role: "; ".join(f"{name}: {LOSSES[name].source}" for name in dipo.losses_of(role)) for role in dipo.ROLES}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. The paper's values are the defaults; PRESETS hold the others."""
+
+    # what
+    preset: str = option("paper", "named defaults: paper, muse, smollm2, toy (muse and toy are chosen by themselves)")
+    model: str = option("toy", f"model to start from: toy, {', '.join(ALIASES)}, hub id or folder")
+    tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
+    prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
+    forget: str = option(
+        "toy_forget10", "forget set: tofu_forget01|05|10, muse_news, muse_books, slices A[:300], sums A+B, or a .jsonl file"
+    )
+    retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
+    refusals: str | None = option(None, "file with a refusal per line, for dpo (default: TOFU's, the toy's)", type=str)
+    finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
+    data_dir: str | None = option(None, "local data in hub layout (TOFU/forget10.json, ...), used before the hub", type=str)
+    toy_vocabulary: int = option(1000, "tokens in the toy world's vocabulary")
+    scal: int = option(0, "MUSE News: forget scal/forget_K, K = 1 to 4 (growing sets); 0 = raw/forget")
+    sust: bool = option(False, "MUSE News: forget sust/forget_1 to 4, one request after the other")
+    chunking: str = option("open-unlearning", "how MUSE's texts are cut into sequences", ("open-unlearning", "muse"))
+    max_length: int = option(2048, "tokens of a sequence of MUSE's texts")
+    # losses
+    forget_loss: str = option(
+        Objective.forget_loss, f"of the forget set ({SOURCES['forget']})", partial(dipo.losses_of, "forget")
+    )
+    retain_loss: str = option(
+        Objective.retain_loss, f"of the retain set ({SOURCES['retain']})", lambda: (*dipo.losses_of("retain"), "none")
+    )
+    beta: float | None = option(None, f"beta of the losses that have one (default: {BETAS})", type=float)
+    lam: float = option(Objective.lam, "lambda, weight of the retain loss")
+    alpha: float = option(Objective.alpha, "strength of the memory vector in the pair softmax(z +- alpha m)")
+    p: float = option(Objective.p, "rank and relative threshold of the memory vector, a fraction")
+    filter: str = option(Objective.filter, "which threshold keeps a logit in the memory vector", dipo.FILTERS)
+    pair_from: str = option(Objective.pair_from, "whose logits make the pair", ("policy", "reference"))
+    center: bool = option(Objective.center, "make the memory vector from logits minus their mean")
+    reduction: str = option(Objective.reduction, "margin of a sequence: sum or mean over its answer tokens", ("sum", "mean"))
+    # optimisation
+    lr: float = option(1e-5, "peak learning rate of AdamW (betas 0.9, 0.999; eps 1e-8)")
+    epochs: float = option(10.0, "passes over the forget (or finetuning) set")
+    batch_size: int = option(32, "effective batch, forget sequences per step (and as many retain sequences)")
+    micro_batch_size: int = option(8, "sequences per forward pass, forget and retain; changes memory and speed only")
+    warmup_epochs: float = option(1.0, "linear warm-up, epochs")
+    schedule: str = option("linear", "learning rate after the warm-up: decays to zero, or stays", ("linear", "constant"))
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices")
+    max_grad_norm: float = option(0.0, "clip the gradient's norm to this; 0 = off")
+    seed: int = option(0, "of data order, pairing, and the toy world")
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "of activations; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    reference: str = option("cached", "states of one pass before training, or a second model", ("cached", "recompute"))
+    gradient_checkpointing: bool = option(False, "keep one activation per block, compute the others again: less memory")
+    compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
+    # evaluation
+    eval: bool = option(True, "evaluate target and unlearned model")
+    eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")
+    eval_retain: str | None = option(None, "rows that stand for the retain set in evaluation", type=str)
+    eval_rows: int = option(0, "only the first so many rows of each evaluation set; 0 = all")
+    retain_logs: str | None = option(None, "evaluation log of the retrained model, for forget quality", type=str)
+    retain_model: str | None = option(None, "the retrained model itself, for forget quality and its column", type=str)
+    max_new_tokens: int = option(200, "length of generations in evaluation, tokens")
+    # run
+    out: str | None = option(None, "run folder (default: runs/<forget>-<losses>-<number>)", type=str)
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Objective)})
+
+    @property
+    def terms(self) -> dict[str, tuple[str, float]]:
+        """{role: (its loss, its weight)}. Raises ValueError for a loss that there is not."""
+        return dipo.FINETUNING if self.finetune else self.objective.terms()
+
+    @property
+    def sets(self) -> Iterator[tuple[str, str]]:
+        """(role, its data set), one after the other. Raises DataError where a retain set must be named."""
+        if self.finetune:
+            yield "finetune", self.finetune
+            return
+        yield "forget", f"{self.forget}/scal/forget_{self.scal}" if self.scal else self.forget
+        if "retain" in self.terms:
+            yield "retain", self.retain or benchmark_of(self.forget).complement(self.forget)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "muse": {"warmup_epochs": 0.0, "weight_decay": 0.0, "schedule": "constant", "micro_batch_size": 1},
+    "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
+    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
+}
+
+
+def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, bool]:
+    """({field: value} that the user typed, --resume)."""
+    parser = argparse.ArgumentParser(
+        "train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for f in dataclasses.fields(Config):
+        flag, kind = "--" + f.name.replace("_", "-"), f.metadata["type"] or type(f.default)
+        choices = f.metadata["choices"]() if callable(f.metadata["choices"]) else f.metadata["choices"]
+        special = {k: v[f.name] for k, v in PRESETS.items() if f.name in v}
+        default = ", ".join([f"default {f.default}"] + [f"{k} {v}" for k, v in special.items()])
+        text = (f"{f.metadata['help']} [{default}]" if f.default is not None else f.metadata["help"]).replace("%", "%%")
+        how: dict[str, Any] = (
+            {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": choices}
+        )
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    given = vars(parser.parse_args(argv))
+    return given, given.pop("resume")
+
+
+def make_config(given: dict) -> Config:
+    """Defaults, then the preset, then what was typed. Raises RunError for settings that make no sense."""
+    toy = given.get("model", "toy") == "toy" and "finetune" not in given
+    usual = "toy" if toy else benchmark_of(given.get("finetune") or given.get("forget", "")).preset or "paper"
+    preset = given.get("preset", usual)
+    if preset not in PRESETS:
+        raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
+    config = Config(**(PRESETS[preset] | given | {"preset": preset}))
+    positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
+    for name in positive + (("beta",) if config.beta is not None else ()):
+        if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
+            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
+    for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
+        if not getattr(config, name) >= 0:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    if config.p > 1:
+        raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
+    if config.retain_logs and config.retain_model:
+        raise RunError("--retain-logs and --retain-model: pass one of them")
+    if (config.scal or config.sust) and (config.finetune or config.forget != "muse_news"):
+        raise RunError("--scal and --sust: are MUSE News's; pass --forget muse_news, and one of them")
+    if config.toy_vocabulary < 400:  # 256 bytes, the special tokens, and some merges
+        raise RunError(f"--toy-vocabulary {config.toy_vocabulary}: must be at least 400")
+    if not 0 <= config.scal <= 4 or (config.scal and config.sust):
+        raise RunError(f"--scal {config.scal}: is 1 to 4, and not together with --sust")
+    if config.model == "toy" and config.finetune:
+        raise RunError("--finetune: name the model to start from with --model")
+    if config.model == "toy" and not config.forget.startswith("toy_"):
+        raise RunError(f"--forget {config.forget}: the toy model has never seen it; pass --model ALIAS_OR_FOLDER")
+    return config
+
+
+def resume_command(out: Path) -> str:
+    return f"python train.py --resume --out {shlex.quote(str(out))}"
+
+
+def versions() -> dict:
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit, "machine": machine}
+
+
+def next_out(config: Config) -> Path:
+    """runs/<data>-<losses>-<number>, the first number that is free."""
+    name = f"{config.forget}-{config.forget_loss}-{config.retain_loss}"
+    name = f"finetune-{config.finetune}" if config.finetune else name
+    name = "".join(c if c.isalnum() or c in "_-+" else "_" for c in name)
+    return next(p for i in itertools.count(1) if not (p := RUNS / f"{name}-{i:03d}").exists())
+
+
+def prepare_out(config: Config, out: Path, data: dict, folder: Path, prompt: str) -> None:
+    """Make the run folder with its config.json. Raises RunError where the folder exists."""
+    if out.exists():
+        raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
+    record = {"config": dataclasses.asdict(config), "data": data, "model_folder": str(folder)}
+    record |= {"prompt_format": prompt, "versions": versions()}
+    write_json(out / "config.json", record)
+
+
+def read_config(out: Path, given: dict) -> Config:
+    """The config of the run to resume. Raises RunError where there is none, or a flag says something else."""
+    path = out / "config.json"
+    try:
+        config = Config(**read_json(path)["config"])
+        config.terms  # noqa: B018
+    except (UserError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"--resume: {path} is no run of this program ({first_line(e)})") from None
+    for name, value in given.items():
+        if name != "out" and getattr(config, name) != value:
+            raise RunError(f"--resume: {out} was started with {name} = {getattr(config, name)!r}; drop the flag")
+    return config

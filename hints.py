@@ -1,0 +1,73 @@
+"""What a finished run shows of the known ways to fail, each in one line with its remedy."""
+
+import math
+import statistics
+from pathlib import Path
+
+from files import read_jsonl
+from metrics import oscillation
+
+COLLAPSE, QUALITY, RESTLESS, NO_LANGUAGE = 0.5, 0.05, 0.05, 0.5  # thresholds of `hints`; our choice, see docs/running.md
+
+
+def find_hints(out: Path, benchmark, logs: dict[str, dict], reference: dict | None, summary: dict) -> list[str]:
+    """`hints` of a finished unlearning run, from its folder, its evaluation logs and their summary; benchmark None: of a run
+    without evaluation."""
+    log = read_jsonl(out / "log.jsonl")
+    if benchmark is None or not benchmark.plots:
+        return hints(log, [], None, None)
+    later = read_jsonl(out / "trajectory.jsonl") or [summary["unlearned"] | {"epoch": log[-1]["epoch"]}]
+    return hints(log, [summary["target"], *later], *benchmark.signs(logs["unlearned"], reference))
+
+
+def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerate: float | None) -> list[str]:
+    """The failures that a finished unlearning run shows, each one line with its remedy.
+
+    log: of log.jsonl. points: scores of the target and of each evaluation after it, with forget_quality (or None) and
+    model_utility; empty without TOFU's evaluation. remembers: whether the forget answers are still likelier, against their
+    wrong ones, than the retrained model has them; None without one. degenerate: `metrics.degenerate_share`.
+    """
+    lines, start = [], log[0]
+    final = math.ceil(log[-1]["epoch"] - 1e-9)
+    last_epoch = [record for record in log if math.ceil(record["epoch"] - 1e-9) == final]
+    end = {key: statistics.fmean(r[key] for r in last_epoch) for key in ("nll/forget", "nll/retain") if key in start}
+    utility = [p["model_utility"] for p in points]
+    if utility and utility[-1] < COLLAPSE * utility[0]:
+        lines.append(
+            f"utility collapsed: model utility {utility[-1]:.3g}, the target's is {utility[0]:.3g}; lower --lr, train fewer "
+            "--epochs, raise --lam, or use a retain loss"
+        )
+    elif not utility and "nll/retain" in end and end["nll/retain"] > start["nll/retain"] + 1:
+        lines.append(
+            f"utility collapsed: retain answers cost {end['nll/retain']:.3g} nats per token, at the start "
+            f"{start['nll/retain']:.3g}; lower --lr, train fewer --epochs, or raise --lam"
+        )
+    quality = points[-1]["forget_quality"] if points else None
+    if quality is not None and quality < QUALITY:
+        peak = max(points[1:], key=lambda p: p["forget_quality"])
+        peaked = peak["forget_quality"] >= QUALITY
+        if remembers and not peaked and not lines:  # of a broken model truth ratios say nothing
+            lines.append(
+                f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
+                "model; raise --lr or --epochs"
+            )
+        elif peaked or not remembers:
+            earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})" if peaked else ""
+            lines.append(
+                f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model{earlier}; train fewer --epochs "
+                "or lower --lr"
+            )
+    elif quality is None and end["nll/forget"] < start["nll/forget"] + 0.5:
+        lines.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")
+    swing = oscillation([u / utility[0] for u in utility]) if len(utility) > 4 and utility[0] else 0.0
+    if swing > RESTLESS:
+        lines.append(
+            f"oscillation: model utility goes back and forth by {swing:.0%} of the target's per evaluation; lower --lr, "
+            "enlarge --batch-size, or pass --max-grad-norm 1"
+        )
+    if degenerate is not None and degenerate > NO_LANGUAGE:
+        lines.append(
+            f"degenerate text: {degenerate:.0%} of the answers to forget questions are no language, which neither score "
+            "sees; lower --lr, or train fewer --epochs"
+        )
+    return lines

@@ -1,0 +1,327 @@
+"""What every benchmark does alike: find its files, run a model over texts, keep what came of it, print it.
+
+tofu.py and muse.py say what is asked, as subclasses of `Benchmark`: for each row a `Text` to score, with what is measured of
+it, a `Prompt` to continue, or both.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import files
+from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
+from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k
+from model import Llama, generate
+
+Scores = dict[str, float]
+# What is measured of each text of a batch: (logits [A, V], targets [A], how many of A are each text's) -> their scores.
+Measure = Callable[[Tensor, Tensor, tuple[int, ...]], list[Scores]]
+PUBLISHED_LOGS = "open-unlearning/eval"  # data set on the hub
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an evaluation is asked for. TOFU has no use for `stemmer`, MUSE none for what is marked TOFU's."""
+
+    forget: str | None  # None: no data set is loaded, for logs alone
+    data_dir: str | Path | None = None
+    rows: int | None = None  # only the first so many of each set; None: as many as the protocol has
+    protocol: str = "open-unlearning"
+    eval_retain: str | None = None  # TOFU's: in place of the retain set
+    seed: int = 0  # of the toy world
+    max_new_tokens: int = 200  # TOFU's
+    truth_ratio: str = "geometric"  # TOFU's: mean over the wrong answers
+    mask_quirk: bool = False  # TOFU's: open-unlearning issue 128, where EOS is also the padding, no EOS in a prompt is seen
+    stemmer: bool | None = None  # None: as the protocol has it
+    holdout: bool = False  # TOFU's: membership scores too, where the forget set has holdout rows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Hub ids of a model family on a benchmark."""
+
+    base: str  # before it
+    target: str  # finetuned on it
+    prompt: str  # key of PROMPT_FORMATS
+    logs: dict[str, str]  # {forget set: evaluation log of the model retrained without it, in PUBLISHED_LOGS}
+    tokenizer: str | None = None  # None: comes with the models
+
+
+def find_file(repo: str, name: str, data_dir: str | Path | None, remedy: str, local: Sequence[str] = ()) -> Path:
+    """The first of the `local` files that `data_dir` has (default: `repo`/`name`), else `name` of the hub's data set `repo`.
+    Raises DataError, with the remedy where neither has it."""
+    if data_dir is not None:
+        if not Path(data_dir).is_dir():
+            raise DataError(f"--data-dir {data_dir}: no such folder")
+        for path in (Path(data_dir, file) for file in local or [f"{repo}/{name}"]):
+            if path.exists():
+                return path
+    return hub_file(repo, name, remedy)
+
+
+@dataclass(frozen=True)
+class Text:
+    """To be scored: the labels of the example, given what stands before them."""
+
+    key: str  # of its result, also in the journal
+    example: Example
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """To be continued, greedily, with at most `limit` tokens."""
+
+    key: str
+    ids: tuple[int, ...]
+    text: str  # that the ids are
+    limit: int
+    order: tuple[int, ...]  # prompts are continued in this order; only those with an equal first number share a batch
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked of a model for one row."""
+
+    row: dict[str, str]  # what is known of it beforehand
+    texts: dict[str, Text] = field(default_factory=dict)  # by what they are, such as 'answer'
+    prompt: Prompt | None = None
+
+
+def mean_loss(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> list[Scores]:
+    """{'loss'}: the mean negative log-likelihood per token, in nats."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return [{"loss": x.mean().item()} for x in losses.cpu().split(lengths)]
+
+
+def memorization(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> list[Scores]:
+    """The loss, and the scores of memorization and membership that need more than it. Holds several tensors of [A, V]."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    log_p = logits.log_softmax(-1)
+    expected = (log_p.exp() * log_p).sum(-1)
+    variance = (log_p.exp() * (log_p - expected[..., None]).square()).sum(-1)  # not E x^2 - (E x)^2: it cancels
+    standard = (-losses - expected) / variance.clamp(min=1e-6).sqrt()
+    columns = losses, logits.argmax(-1) == targets, standard
+    return [
+        {
+            "loss": loss.mean().item(),
+            "exact_memorization": exact_memorization(right.tolist()),
+            "extraction_strength": extraction_strength(right.tolist()),
+            "mia_min_k": min_k((-loss).tolist()),
+            "mia_min_k_plus_plus": min_k(z.tolist()),
+        }
+        for loss, right, z in zip(*(x.cpu().split(lengths) for x in columns), strict=True)
+    ]
+
+
+def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
+    """One measure after the other as the texts first have them, each in groups of at most `budget` tokens, or of one text
+    that is longer; longest texts first: running out of memory shows at once."""
+    for measure in dict.fromkeys(text.measure for text in texts):
+        batch, tokens = list[Text](), 0
+        for text in sorted((t for t in texts if t.measure == measure), key=lambda t: -len(t.example.ids)):
+            size = len(text.example.ids)
+            if batch and tokens + size > budget:
+                yield batch
+                batch, tokens = [], 0
+            batch, tokens = [*batch, text], tokens + size
+        yield batch
+
+
+def score(model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget=2048) -> Iterator[dict[str, Scores]]:
+    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens, the output head at labels only.
+    hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`)."""
+    for batch in batches(texts, budget):
+        packed = pack([text.example for text in batch], hidden_id).to(model.device)
+        with torch.no_grad():
+            scores = batch[0].measure(model(**packed.inputs), packed.targets, packed.answer_lengths)
+        yield {text.key: found for text, found in zip(batch, scores, strict=True)}
+
+
+class Journal:
+    """What an evaluation has done so far, one JSON object per line, so that an interrupted one goes on from there."""
+
+    def __init__(self, path: Path | None):
+        """path None: in memory only. A line that a killed process left half written is dropped from the file."""
+        self.path, self.done = path, dict[str, Any]()
+        if path is not None and path.exists():
+            whole = path.read_bytes()
+            end = whole.rfind(b"\n") + 1
+            if end < len(whole):
+                os.truncate(path, end)
+            for line in whole[:end].splitlines():
+                self.done |= json.loads(line)
+
+    def add(self, results: dict[str, Scores] | dict[str, str]) -> None:
+        """Raises EvalError where the file cannot be written."""
+        self.done |= results
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(results, ensure_ascii=False) + "\n")
+        except OSError as e:
+            raise EvalError(f"{self.path}: could not be written ({e}); free some space or choose another --out") from None
+
+
+class Benchmark:
+    """What tofu.py and muse.py share. A subclass has besides what is declared here first."""
+
+    # Its data, also for training alone:
+    name: str
+    preset: str | None = None  # of config.PRESETS
+    load: Callable[..., list]  # (spec, data_dir, seed) -> rows or texts
+    complement: Callable[[str], str]  # forget set -> its retain set
+    encode: Callable[..., list[Example]]  # (rows, tokenizer, role, max_length, chunking) -> what is trained on
+    refusals: Callable[..., list[str]]  # (file, forget set, data_dir) -> lines
+    # Its evaluation:
+    protocols: dict[str, Any]  # by their names
+    first_rows: Callable[[str], int | None]  # forget set -> how many rows of each set its slice asks to evaluate, None: all
+    load_sets: Callable[[], dict[str, list]]  # -> {set: rows}, all that an evaluation reads
+    record: Callable[[Tokenizer], dict]  # -> what decides the results, besides model and dtype
+    plan: Callable[[Tokenizer], dict[str, dict[str, Work]]]  # -> {part: {key: work}}
+    batch_size: int  # of generation
+    item: Callable[[str, Work, dict[str, Any]], dict]  # (part, work, {key: scores or generation as it is}) -> what is kept
+    aggregate: Callable[[Rows], dict]  # items -> scores
+    checkpoints: dict[str, Checkpoint]  # by their aliases
+    retain_flags: str  # to pass where there is no reference
+    read_reference: Callable[[str | Path], tuple[dict, str]]  # its log -> (what `summary` needs and 'mia_min_k', its name)
+    summary: Callable[[dict, dict | None, str], tuple[dict, str]]  # (log, *reference) -> scores, where the reference is from
+    # What is printed, and read by hints.py:
+    plots = False  # whether there is a forget quality to plot, and `signs(log, reference)` for the hints
+    samples: Callable[[dict], dict[str, tuple[str, str, str]]]  # log -> {key: (question, reference, generation)}
+    headline: Callable[[dict], str]  # summary -> its most important numbers
+    cells: Callable[[dict], dict[str, str]]  # summary -> {label: number}, of the table
+    label_width: int
+    compared: tuple[str, str]  # the number that needs a reference: its key in a summary, its name
+    shown: Callable[[dict], tuple]  # item -> (what grows with memory, its scores in one line, {label: text})
+
+    def __init__(self, options: Options):
+        """Loads the sets. Raises DataError for those, EvalError for a protocol of another benchmark or less than one row."""
+        if options.protocol not in self.protocols:
+            known = ", ".join(self.protocols)
+            raise EvalError(f"--protocol {options.protocol}: is none of {self.name}'s, which are {known}")
+        if options.rows is not None and options.rows < 1:
+            raise EvalError(f"limit {options.rows}: leaves no rows; give at least 1, or none for all of them")
+        self.options, self.protocol = options, self.protocols[options.protocol]
+        self.no_holdout = ""  # why there are no holdout rows, where they were asked for
+        self.sets = self.load_sets()
+
+    def data(self) -> dict[str, dict]:
+        """What a run records of the data."""
+        return {name: {"rows": len(rows), "fingerprint": fingerprint(rows)} for name, rows in self.sets.items()}
+
+    def rows(self, model: Llama, tokenizer: Tokenizer, label: str = "evaluate", journal: Path | None = None) -> Rows:
+        """Per-item results {part: {key: item}}: texts are scored first, then prompts continued. With `journal`, an
+        interrupted evaluation goes on from what that file holds, of this model and this evaluation. label: of the progress
+        bar. Raises as `plan`, and EvalError naming the example whose loss is not finite."""
+        if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
+            model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+        plan, journaled = self.plan(tokenizer), Journal(journal)
+        done, work = journaled.done, [w for part in plan.values() for w in part.values()]
+        texts, prompts = [text for w in work for text in w.texts.values()], [w.prompt for w in work if w.prompt]
+        # A chat format may end its answers by another token than the model's config names.
+        stop = {*model.config.eos_token_ids, tokenizer.eos_id}
+        hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
+        with tqdm(total=len(texts) + len(prompts), initial=len(done), desc=label, unit="text", leave=False) as bar:
+            for scores in score(model, [text for text in texts if text.key not in done], hidden_id):
+                journaled.add(scores)
+                bar.update(len(scores))
+            for text in texts:
+                if not math.isfinite(loss := done[text.key]["loss"]):
+                    why = f"its weights or --dtype {model.compute_dtype} overflow"
+                    raise EvalError(f"{text.example.key}: the model's loss is {loss}; {why}")
+            prompts = sorted((prompt for prompt in prompts if prompt.key not in done), key=lambda prompt: prompt.order)
+            for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.order[0]):
+                while batch := list(itertools.islice(group, self.batch_size)):
+                    longest = max(prompt.limit for prompt in batch)
+                    found = generate(model, [list(prompt.ids) for prompt in batch], longest, stop, hidden_id)
+                    journaled.add({p.key: tokenizer.decode_text(x[: p.limit]) for p, x in zip(batch, found, strict=True)})
+                    bar.update(len(batch))
+        return {part: {key: self.item(part, w, done) for key, w in items.items()} for part, items in plan.items()}
+
+    def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict[str, Any]:
+        """{'protocol', 'scores', 'rows', 'path'} of a model, read from `folder/eval/NAME-HASH/log.json` or kept there. HASH
+        is of the protocol, so a result is reused only for the same evaluation. The folder must belong to one model: a run
+        folder. None: nothing is kept."""
+        protocol = self.record(tokenizer) | {"dtype": str(model.compute_dtype)}
+        key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
+        path = folder / "eval" / f"{name}-{key}" / "log.json" if folder else None
+        if path and path.exists():
+            return files.read_json(path, EvalError, "remove it and evaluate again") | {"path": str(path)}
+        rows = self.rows(model, tokenizer, label, path and path.with_name("journal.jsonl"))
+        log = {"protocol": protocol, "scores": self.aggregate(rows), "rows": rows}
+        if path:
+            files.write_json(path, log)
+            path.with_name("journal.jsonl").unlink(missing_ok=True)
+        return log | {"path": str(path) if path else None}
+
+    def reference(self, alias: str | None, retain_logs: str | None, retrained: dict | None) -> tuple[dict | None, str]:
+        """(what is known of a retrained model or None, where it is from or why there is none). Never a default in its place.
+        alias: of the evaluated model. retrained: a log that was made here. Raises EvalError for unusable `retain_logs`."""
+        if retrained is not None:
+            return retrained | {"mia_min_k": retrained.get("scores", {}).get("mia_min_k")}, "the retrained model"
+        if retain_logs:
+            return self.read_reference(retain_logs)
+        known = self.checkpoints[alias].logs if alias in self.checkpoints else {}
+        if not (name := known.get(self.options.forget or "")):
+            return None, f"no retain reference: pass {self.retain_flags}"
+        try:
+            path = find_file(PUBLISHED_LOGS, name, self.options.data_dir, f"pass {self.retain_flags}")
+            return self.read_reference(path)[0], f"{PUBLISHED_LOGS}/{name}"
+        except (DataError, EvalError) as e:
+            return None, f"no retain reference: {e}"
+
+    @classmethod
+    def report(cls, summaries: dict[str, dict], found: str) -> str:
+        """The numbers of several models side by side, and where their reference is from (or why there is none)."""
+        columns = {name: cls.cells(summary) for name, summary in summaries.items()}
+        lines = [" " * cls.label_width + "".join(name.rjust(13) for name in columns)]
+        for label in dict.fromkeys(itertools.chain(*columns.values())):
+            row = (cells.get(label, "-").rjust(13) for cells in columns.values())
+            lines.append(label.ljust(cls.label_width) + "".join(row))
+        key, name = cls.compared
+        has = any(summary[key] is not None for summary in summaries.values())
+        return "\n".join([*lines, f"{name} against {found}" if has else f"{name} is absent: {found}"])
+
+    @classmethod
+    def worst(cls, log: dict, n: int) -> str:
+        """The n worst rows of each part that generates: of forget... the best remembered, of the others the least."""
+        lines = []
+        for part, items in log["rows"].items():
+            rows = [(key, *cls.shown(item)) for key, item in items.items() if "generation" in item]
+            rows.sort(key=lambda row: row[1], reverse=part.startswith("forget"))
+            for key, _, scores, texts in rows[:n]:
+                lines.append(f"\n{part} {key}: {scores}")
+                lines += [f"    {label:<11} {text}" for label, text in texts.items()]
+        return "\n".join(lines)
+
+
+def pick_device(device: str) -> torch.device:
+    """'auto' -> cuda where there is one, else cpu. Raises EvalError for a device that torch does not see."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as e:
+        raise EvalError(f"--device {device}: not usable here ({files.first_line(e)})") from None
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """'auto' -> bfloat16 on a GPU that has it, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -1,0 +1,82 @@
+"""The frozen reference pi_ref of the losses that compare the policy with its start.
+
+Both kinds give the same numbers: final hidden states at answer positions, and the output `head` that makes logits of them.
+"""
+
+import itertools
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import RunError
+from data import Example, pack
+from model import Llama
+
+IN_MEMORY = 2**32  # bytes of stored states; what is larger lies in a file of the run folder
+
+
+class CachedReference:
+    """The frozen start without a second model: at step 0 the policy *is* the reference.
+
+    One pass stores its final hidden states at the answer positions, [positions, D] in the compute dtype, so that
+    z_ref = states times the initial output head is what a second model would compute. In host memory, or past IN_MEMORY
+    in a memory-mapped file that is gone when the process ends. Raises RunError where there is no room for it.
+    """
+
+    def __init__(self, model: Llama, examples: list[Example], micro_batch_size: int, file: Path):
+        """file: where to map the states, if they do not fit into memory."""
+        examples = list(dict.fromkeys(examples))
+        starts = [0, *itertools.accumulate(e.answer_length for e in examples)]
+        self.rows = {e: slice(*ends) for e, ends in zip(examples, itertools.pairwise(starts), strict=True)}
+        self.device = model.device
+        self.head = model.lm_head.weight.detach().to(model.compute_dtype, copy=True)
+        shape = starts[-1], model.config.hidden_size
+        size = math.prod(shape) * self.head.element_size()
+        place = "in memory"
+        if size > IN_MEMORY:
+            place = f"in a file of {file.parent}"
+            try:
+                with file.open("wb") as f:
+                    os.posix_fallocate(f.fileno(), 0, size)
+                states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype)
+                self.states = states.view(shape)
+            except OSError as e:
+                raise RunError(
+                    f"{file}: no room for {size:,} bytes ({e.strerror}); free some space, or pass --reference recompute "
+                    f"and another --out"
+                ) from None
+            finally:
+                file.unlink(missing_ok=True)  # the mapping keeps it until the process ends, however that is
+        else:
+            self.states = torch.empty(shape, dtype=self.head.dtype)
+        print(f"reference: final hidden states at {shape[0]:,} answer positions, {size / 1e6:,.0f} MB {place}", flush=True)
+        # Not under no_grad: compiled for training, the model rounds in other places than compiled for inference.
+        with tqdm(total=len(examples), desc="reference", unit="sequence", leave=False) as bar:
+            for i in range(0, len(examples), micro_batch_size):
+                part = examples[i : i + micro_batch_size]
+                inputs = pack(part).to(model.device).inputs
+                self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = model.hidden_states(**inputs).detach()
+                bar.update(len(part))
+
+    def answer_states(self, examples: list[Example]) -> Tensor:
+        """[A, D] on the model's device: the states at the answer positions of these examples."""
+        return torch.cat([self.states[self.rows[e]] for e in examples]).to(self.device, non_blocking=True)
+
+
+class RecomputedReference:
+    """The plain way: a frozen copy of the model, and a second forward pass at every step."""
+
+    def __init__(self, model: Llama):
+        self.model = model.frozen_copy()
+        self.head = self.model.lm_head.weight
+
+    @torch.no_grad()
+    def answer_states(self, examples: list[Example]) -> Tensor:
+        return self.model.hidden_states(**pack(examples).to(self.model.device).inputs)
+
+
+Reference = CachedReference | RecomputedReference
