@@ -174,15 +174,14 @@ def aggregate(rows: Rows, epsilon: float = 0.0) -> dict[str, float]:
     wrong_losses, truth_ratio, rouge; `probability` where a log stores it."""
     scores: dict[str, float] = {}
     for name in (n for n in SETS if n in rows):
-        items = rows[name].values()
-        if name in ("ra", "wf"):
-            computed = [normalised_probability(v["loss"], v["wrong_losses"], epsilon) for v in items]
-        else:
-            computed = [probability(v["loss"]) for v in items]
+        items, options, probabilities = rows[name].values(), name in ("ra", "wf"), []
+        for v in items:
+            computed = normalised_probability(v["loss"], v["wrong_losses"], epsilon) if options else probability(v["loss"])
+            probabilities.append(v.get("probability", computed))
         ratios = [v["truth_ratio"] for v in items]
         ratio = forget_truth_ratio(ratios, epsilon) if name == "forget" else utility_truth_ratio(ratios)
-        scores[f"{name}_probability"] = mean(v.get("probability", p) for v, p in zip(items, computed, strict=True))
-        scores |= {f"{name}_rouge": mean(v["rouge"] for v in items), f"{name}_truth_ratio": ratio}
+        scores |= {f"{name}_probability": mean(probabilities), f"{name}_rouge": mean(v["rouge"] for v in items)}
+        scores[f"{name}_truth_ratio"] = ratio
     if all(name in scores for name in UTILITY_PARTS):
         scores["model_utility"] = model_utility(scores)
     forget, holdout = (list(rows.get(name, {}).values()) for name in ("forget", "holdout"))

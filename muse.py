@@ -273,7 +273,8 @@ class Muse(Benchmark):
             return {"mia_min_k": metrics.MUSE_RETRAIN_AUC[self.corpus]}, "MUSE's published constant of its retrained model"
         return logs.read_muse_retain(path), str(path)
 
-    def summary(self, log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
+    @staticmethod
+    def summary(log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
         """Writes MUSE_EVAL.json, MUSE_SUMMARY.json and MUSE.csv too."""
         scores = metrics.aggregate_muse(log["rows"], reference["mia_min_k"] if reference else None)
         if log["path"]:

@@ -1,4 +1,4 @@
-"""What several test files share: the message of an error, evaluation logs, small tokenizers, a tiny model."""
+"""What several test files share: the message of an error, evaluation logs, small tokenizers, a tiny model, running it."""
 
 import functools
 import json
@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
+import inference
+import tofu
 import toy
+from inference import Options, Text
 from metrics import EvalError
 from model import Llama, LlamaConfig, save_pretrained
 
@@ -187,3 +190,18 @@ def make_tiny(root: Path, seed: int = 0, positions: int = 256) -> Tiny:
     )  # fmt: skip
     model = Llama(config).init_weights(seed)
     return Tiny(model, tokenizer, save_pretrained(model, root / "model", tokenizer_from=words))
+
+
+def score_answers(model, examples, measure=inference.mean_loss, hidden_id=None, budget=2048) -> list[dict[str, float]]:
+    """What `measure` says of each example, in order."""
+    texts = [Text(str(i), example, measure) for i, example in enumerate(examples)]
+    scores = {k: v for found in inference.score(model, texts, hidden_id, budget) for k, v in found.items()}
+    return [scores[text.key] for text in texts]
+
+
+def tofu_rows(model, tokenizer, sets, max_new_tokens=200, batch_size=None, protocol=None, journal=None, **options) -> dict:
+    """TOFU's per-item results of these sets. protocol: a `tofu.Protocol` in place of open-unlearning's."""
+    benchmark = tofu.Tofu(Options(None, max_new_tokens=max_new_tokens, **options))
+    benchmark.sets, benchmark.protocol = sets, protocol or benchmark.protocol
+    benchmark.batch_size = batch_size or benchmark.batch_size
+    return benchmark.rows(model, tokenizer, journal=journal)

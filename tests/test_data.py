@@ -675,10 +675,10 @@ def test_other_sets_have_no_tofu_numbers(forget):
 @pytest.mark.parametrize("alias", tofu.CHECKPOINTS)
 def test_an_alias_names_a_target_a_format_and_a_retain_log(alias):
     checkpoint = tofu.CHECKPOINTS[alias]
-    assert checkpoint.prompt in data.PROMPT_FORMATS and checkpoint.family in checkpoint.target
+    family = checkpoint.base.removeprefix("meta-llama/")
+    assert checkpoint.prompt in data.PROMPT_FORMATS and family in checkpoint.target
     for forget, retain in tofu.TOFU_RETAIN.items():
-        repo, name = checkpoint.retain_log(forget)
-        assert repo == "open-unlearning/eval" and name == f"tofu_{checkpoint.family}_{retain}/TOFU_EVAL.json"
+        assert checkpoint.logs[f"tofu_{forget}"] == f"tofu_{family}_{retain}/TOFU_EVAL.json"
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -165,6 +165,11 @@ def test_the_recipe_of_a_loss_makes_one_that_trains(tiny, tmp_path):
     assert 0 < second["loss/forget"] < first["loss/forget"] and first["nll/forget"] > 0
 
 
+def test_the_recipe_of_a_benchmark_names_all_that_it_must_have():
+    recipe = section(ROOT / "CONTRIBUTING.md", "A benchmark")
+    assert not [name for name in evaluation.Benchmark.__annotations__ if f"`{name}`" not in recipe]
+
+
 @pytest.fixture
 def pair():
     pytest.importorskip("matplotlib")

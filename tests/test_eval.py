@@ -18,6 +18,8 @@ from helpers import (
     open_unlearning_log,
     our_log,
     published,
+    score_answers,
+    tofu_rows,
     whole_authors_log,
     without,
     write_log,
@@ -172,7 +174,7 @@ def sets() -> dict[str, list[data.Row]]:
 
 @pytest.fixture(scope="session")
 def results(tiny, sets):
-    return tofu.evaluate(tiny.model, tiny.tokenizer, sets, max_new_tokens=8, progress=False)
+    return tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
 
 
 def values(results: dict) -> list[float]:
@@ -239,8 +241,8 @@ def test_generations_equal_transformers_one_sequence_at_a_time(tiny, sets, resul
 @given(st.integers(1, 400))
 def test_losses_do_not_depend_on_the_batch(tiny, sets, budget):
     examples = tiny.tokenizer.encode_rows([row for rows in sets.values() for row in rows])
-    losses = [s["loss"] for s in inference.score_answers(tiny.model, examples, budget=budget)]
-    assert losses == pytest.approx([inference.score_answers(tiny.model, [e])[0]["loss"] for e in examples], rel=1e-4)
+    losses = [s["loss"] for s in score_answers(tiny.model, examples, budget=budget)]
+    assert losses == pytest.approx([score_answers(tiny.model, [e])[0]["loss"] for e in examples], rel=1e-4)
 
 
 @given(st.lists(st.tuples(st.integers(2, 60), st.booleans()), max_size=12), st.integers(1, 150))
@@ -264,7 +266,7 @@ def test_texts_are_scored_once_each_within_the_budget_the_longest_of_a_measure_f
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_results_do_not_depend_on_the_batch_size(tiny, sets, results, batch_size):
-    again = tofu.evaluate(tiny.model, tiny.tokenizer, sets, max_new_tokens=8, batch_size=batch_size, progress=False)
+    again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8, batch_size)
     assert generations(again) == generations(results)
     assert values(again) == pytest.approx(values(results), rel=1e-4)
 
@@ -272,7 +274,7 @@ def test_results_do_not_depend_on_the_batch_size(tiny, sets, results, batch_size
 def test_evaluation_leaves_the_master_weights_and_global_randomness_alone(tiny, sets):
     model = Llama(tiny.model.config, compute_dtype=torch.bfloat16).init_weights(0)
     before, state = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    results = tofu.evaluate(model, tiny.tokenizer, {"wf": sets["wf"]}, max_new_tokens=2, progress=False)
+    results = tofu_rows(model, tiny.tokenizer, {"wf": sets["wf"]}, 2)
     assert all(math.isfinite(v) for v in values(results))
     assert all(p.dtype == torch.float32 and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     assert torch.equal(torch.get_rng_state(), state) and all(p.requires_grad for p in model.parameters())
@@ -282,16 +284,16 @@ def test_a_loss_that_is_not_finite_names_the_row(tiny, sets):
     model = Llama(tiny.model.config).init_weights(0)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    message = error_of(tofu.evaluate, model, tiny.tokenizer, sets, 2, progress=False)
+    message = error_of(tofu_rows, model, tiny.tokenizer, sets, 2)
     assert sets["forget"][0].key in message and "nan" in message
 
 
 def test_rows_without_perturbed_answers_and_rows_that_occur_twice_are_named(tiny, sets):
     [row, *_] = sets["forget"]
     bare = dataclasses.replace(row, perturbed_answers=())
-    message = error_of(tofu.evaluate, tiny.model, tiny.tokenizer, {"forget": [bare]}, kind=DataError, progress=False)
+    message = error_of(tofu_rows, tiny.model, tiny.tokenizer, {"forget": [bare]}, kind=DataError)
     assert row.key in message and "perturbed_answer" in message
-    message = error_of(tofu.evaluate, tiny.model, tiny.tokenizer, {"forget": [row, row]}, kind=DataError, progress=False)
+    message = error_of(tofu_rows, tiny.model, tiny.tokenizer, {"forget": [row, row]}, kind=DataError)
     assert row.key in message and "twice" in message
 
 
@@ -308,13 +310,8 @@ def evaluated(tiny: Tiny, sets: dict, folder: Path | None, max_new_tokens: int, 
 @pytest.fixture
 def evaluations(monkeypatch) -> list:
     """Grows by one with each evaluation that is really done."""
-    done, evaluate = [], tofu.evaluate
-
-    def counted(*args, **kwargs):
-        done.append(args)
-        return evaluate(*args, **kwargs, progress=False)
-
-    monkeypatch.setattr(tofu, "evaluate", counted)
+    done, rows = [], tofu.Tofu.rows
+    monkeypatch.setattr(tofu.Tofu, "rows", lambda *args: done.append(args) or rows(*args))
     return done
 
 
@@ -367,7 +364,7 @@ def four_sets() -> dict[str, list[data.Row]]:
 
 def test_what_we_write_in_open_unlearnings_schema_reads_back_to_the_same_numbers(tiny, four_sets, tmp_path):
     log = evaluated(tiny, four_sets, tmp_path, 4)
-    logs.save_open_unlearning(log, "TOFU", logs.open_unlearning_eval(log, 0.25, 0.6))
+    logs.save_open_unlearning(log["path"], "TOFU", logs.open_unlearning_eval(log, 0.25, 0.6))
     ours, theirs = (logs.read_log(Path(log["path"]).with_name(name)) for name in ("log.json", "TOFU_EVAL.json"))
     assert (ours["kind"], theirs["kind"]) == ("ours", "open-unlearning's")
     assert logs.truth_ratios(theirs) == logs.truth_ratios(ours)
@@ -408,7 +405,7 @@ def test_our_open_unlearning_file_has_the_published_ones_keys(tiny, four_sets, t
 def test_an_interrupted_evaluation_goes_on_from_what_it_has(tiny, four_sets, tmp_path, monkeypatch, function, calls):
     whole = evaluated(tiny, four_sets, tmp_path / "whole", 4)
     monkeypatch.setattr(inference, "score", functools.partial(inference.score, budget=200))
-    monkeypatch.setattr(tofu, "evaluate", functools.partial(tofu.evaluate, batch_size=5))
+    monkeypatch.setattr(tofu.Tofu, "batch_size", 5)
     real, remaining = getattr(inference, function), iter(range(calls))
 
     def interrupted(*args):
@@ -500,7 +497,8 @@ def test_the_retrained_model_comes_before_a_log_file(tmp_path):
 @pytest.mark.parametrize("forget, retain", tofu.TOFU_RETAIN.items())
 @pytest.mark.parametrize("suffix", ["", "_perturbed"])
 def test_an_alias_finds_its_published_retain_log_in_hub_layout(tmp_path, alias, forget, retain, suffix):
-    folder = tmp_path / "open-unlearning" / "eval" / f"tofu_{tofu.CHECKPOINTS[alias].family}_{retain}"
+    family = tofu.CHECKPOINTS[alias].base.removeprefix("meta-llama/")
+    folder = tmp_path / "open-unlearning" / "eval" / f"tofu_{family}_{retain}"
     folder.mkdir(parents=True)
     write_log(folder / "TOFU_EVAL.json", open_unlearning_log([0.3, 0.4]))
     ratios, where = reference_of(alias, f"tofu_{forget}{suffix}", data_dir=tmp_path)
@@ -526,7 +524,7 @@ def test_an_unreachable_hub_is_the_reason_for_no_retain_reference(monkeypatch):
     def unreachable(repo, name, remedy):
         raise DataError(f"{repo}/{name}: the hub gave nothing; {remedy}")
 
-    monkeypatch.setattr(tofu, "hub_file", unreachable)
+    monkeypatch.setattr(inference, "hub_file", unreachable)
     ratios, why = reference_of("llama2-7b")
     assert ratios is None and "no retain reference" in why and "retain90" in why and "--retain-logs FILE" in why
 
@@ -733,6 +731,13 @@ def test_a_data_set_belongs_to_the_benchmark_of_its_first_word(spec, name):
     assert eval.benchmark_of(spec).name == name
 
 
+@pytest.mark.parametrize("kind", dict.fromkeys(eval.BENCHMARKS.values()), ids=lambda kind: kind.name)
+def test_a_benchmark_has_all_that_is_declared(kind):
+    declared = inference.Benchmark.__annotations__
+    assert len(declared) > 20 and not [name for name in declared if not hasattr(kind, name)]
+    assert not kind.plots or hasattr(kind, "signs")
+
+
 def test_a_dtype_is_chosen_by_the_device():
     cpu = inference.pick_device("cpu")
     assert inference.pick_dtype("auto", cpu) == torch.float32 and inference.pick_dtype("bfloat16", cpu) == torch.bfloat16
@@ -745,5 +750,5 @@ def test_generation_stops_at_the_prompt_formats_own_end_token_too(tiny, sets, mo
     monkeypatch.setattr(inference, "generate", lambda model, p, n, stop, hidden: stops.append(stop) or [[] for _ in p])
     other_eos = dataclasses.replace(tiny.model.config, eos_token_ids=(7,))
     monkeypatch.setattr(tiny.model, "config", other_eos)
-    tofu.evaluate(tiny.model, tiny.tokenizer, sets, 3, progress=False)
+    tofu_rows(tiny.model, tiny.tokenizer, sets, 3)
     assert stops and all(stop == {7, tiny.tokenizer.eos_id} for stop in stops)

@@ -24,6 +24,9 @@ pytest.importorskip("rouge_score")
 
 import logs
 import metrics
+import muse
+import tofu
+from inference import Options
 
 
 def read(path) -> tuple[list[float], str]:
@@ -220,7 +223,7 @@ def test_every_number_that_we_write_for_open_unlearning_is_read_again(tmp_path_f
     epsilon = metrics.OPEN_UNLEARNING_EPSILON
     path = tmp_path_factory.mktemp("logs") / "log.json"
     log = {"rows": rows, "scores": metrics.aggregate(rows, epsilon), "protocol": {"epsilon": epsilon}, "path": str(path)}
-    logs.save_open_unlearning(log, "TOFU", logs.open_unlearning_eval(log, 0.25, auc))
+    logs.save_open_unlearning(path, "TOFU", logs.open_unlearning_eval(log, 0.25, auc))
     found = logs.read_log(path.with_name("TOFU_EVAL.json"))
     scores = {name: value for name, value in log["scores"].items() if name not in metrics.MEMBERSHIP}
     assert metrics.aggregate(found["rows"], found["epsilon"]) == pytest.approx(scores, rel=1e-9)
@@ -248,7 +251,7 @@ def test_muses_files_stand_beside_our_log(tmp_path, auc, privleak, cell):
     path.parent.mkdir(parents=True)
     log = muse_log(path)
     scores = metrics.aggregate_muse(log["rows"], auc)
-    logs.save_muse(log, scores)
+    logs.save_muse(path, log["rows"], scores)
     assert sorted(f.name for f in path.parent.iterdir()) == ["MUSE.csv", "MUSE_EVAL.json", "MUSE_SUMMARY.json"]
     written = path.with_name("MUSE_EVAL.json").read_text(encoding="utf-8")
     assert json.loads(written) == logs.muse_eval_json(log["rows"], scores) and "é" in written
@@ -261,7 +264,11 @@ def test_muses_files_stand_beside_our_log(tmp_path, auc, privleak, cell):
 
 def test_what_is_not_kept_is_not_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    log = muse_log()
-    logs.save_muse(log, metrics.aggregate_muse(log["rows"]))
-    logs.save_open_unlearning({"path": None}, "TOFU", {})
+    muse.Muse.summary(muse_log(), None, "")
+    item = {"loss": 1.0, "correct_loss": 1.0, "wrong_losses": [2.0], "rouge": 0.5, "truth_ratio": 0.4}
+    rows = {name: completed(name, {"a": item}) for name in metrics.SETS}
+    log = {"rows": rows, "scores": metrics.aggregate(rows), "protocol": {"epsilon": 0.0}}
+    tofu.Tofu(Options(None)).summary(log | {"path": None}, None, "")
     assert not list(tmp_path.iterdir())
+    tofu.Tofu(Options(None)).summary(log | {"path": str(tmp_path / "log.json")}, None, "")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["TOFU_EVAL.json", "TOFU_SUMMARY.json"]

@@ -21,14 +21,14 @@ pytest.importorskip("rouge_score")
 pytest.importorskip("transformers")
 
 import transformers
-from helpers import LOSS_LISTS, LOSSES, RATIOS, error_of, write_tokenizer
+from helpers import LOSS_LISTS, LOSSES, RATIOS, error_of, score_answers, tofu_rows, write_tokenizer
 
 import data
 import inference
 import metrics
 import tofu
 from data import DataError, Example, Row
-from inference import Options, Text, mean_loss, memorization, score_answers
+from inference import Options, Text, mean_loss, memorization
 from metrics import EvalError
 from model import Llama, LlamaConfig, generate, load_pretrained, save_pretrained
 
@@ -472,8 +472,7 @@ def test_the_mask_quirk_changes_losses_and_generations(pairs):
     for mask in (False, True):
         ids, n = tokens_of(pair, "llama3", ROWS[0].question, ROWS[0].answer)
         other = pair.loss(ids, n, not mask)
-        protocol = replace(OPEN_UNLEARNING, mask_quirk=mask)
-        item = tofu.evaluate(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1, protocol=protocol, progress=False)
+        item = tofu_rows(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1, mask_quirk=mask)
         assert abs(item["forget"]["f/0"]["loss"] - other) > 0.01
     prompts = [tokens_of(pair, "llama3", row.question, row.answer) for row in ROWS]
     one, two = (
@@ -488,7 +487,7 @@ def test_the_mask_quirk_changes_losses_and_generations(pairs):
 def test_the_tofu_protocol_is_300_rows_200_tokens_in_total_batches_of_30_and_no_epsilon():
     assert (TOFU.rows, TOFU.max_total_tokens, TOFU.epsilon, tofu.TOFU_GENERATION_BATCH) == (300, 200, 0, 30)
     assert (OPEN_UNLEARNING.rows, OPEN_UNLEARNING.max_total_tokens, OPEN_UNLEARNING.epsilon) == (None, None, 1e-10)
-    assert not OPEN_UNLEARNING.mask_quirk and not TOFU.mask_quirk
+    assert not Options(None).mask_quirk and Options(None).truth_ratio == "geometric"
 
 
 def test_the_tofu_protocol_evaluates_on_the_first_300_rows_of_each_set(pairs, monkeypatch):
@@ -531,7 +530,7 @@ def test_the_tofu_protocol_equals_transformers_with_a_max_length_on_left_padded_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tofu, "TOFU_GENERATION_BATCH", size)
         protocol = replace(TOFU, max_total_tokens=limit)
-        results = tofu.evaluate(pair.model, pair.tokenizer, sets, 200, 4, progress=False, protocol=protocol)
+        results = tofu_rows(pair.model, pair.tokenizer, sets, 200, 4, protocol)
 
     def loss(row, answer):
         ids, n = tokens_of(pair, "plain", row.question, answer)
@@ -564,7 +563,7 @@ def test_the_limits_tried_cut_some_sequences_fit_others_exactly_and_shorten_gene
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tofu, "TOFU_GENERATION_BATCH", size)
             protocol = replace(TOFU, max_total_tokens=limits[0])
-            found.append(tofu.evaluate(pair.model, pair.tokenizer, {"wf": WORDY}, progress=False, protocol=protocol))
+            found.append(tofu_rows(pair.model, pair.tokenizer, {"wf": WORDY}, protocol=protocol))
     assert found[0] != found[1]  # by generations that padding cut short
 
 
@@ -574,7 +573,7 @@ def test_a_prompt_that_leaves_no_answer_within_the_limit_is_named(pairs, longer)
     limit = tokens_of(pair, "plain", row.question, "")[1] - longer
     protocol = replace(TOFU, max_total_tokens=limit)
     with pytest.raises((EvalError, DataError)) as caught:
-        tofu.evaluate(pair.model, pair.tokenizer, {"forget": [row]}, 2, progress=False, protocol=protocol)
+        tofu_rows(pair.model, pair.tokenizer, {"forget": [row]}, 2, protocol=protocol)
     assert row.key in str(caught.value) and str(limit) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -594,7 +593,7 @@ def with_holdout(pairs, holdout):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "generate", lambda model, some, *more: prompts.extend(some) or generate(model, some, *more))
         sets = {"forget": ROWS, "holdout": holdout, "wf": OPTIONS}
-        return tofu.evaluate(pair.model, pair.tokenizer, sets, 3, progress=False), prompts
+        return tofu_rows(pair.model, pair.tokenizer, sets, 3), prompts
 
 
 def test_holdout_rows_are_scored_and_not_generated_from(pairs, with_holdout, holdout):
@@ -638,7 +637,7 @@ def test_the_aggregate_holds_the_aucs_of_forget_against_holdout_and_the_forget_s
 @pytest.mark.parametrize("name", ["forget", "wf"])
 def test_a_row_without_perturbed_answers_is_refused_in_every_other_set(pairs, holdout, name):
     pair = pairs["plain"]
-    message = error_of(tofu.evaluate, pair.model, pair.tokenizer, {name: holdout}, kind=DataError, progress=False)
+    message = error_of(tofu_rows, pair.model, pair.tokenizer, {name: holdout}, kind=DataError)
     assert "h/0" in message and "perturbed_answer" in message
 
 
@@ -655,11 +654,11 @@ def test_an_interrupted_evaluation_ends_as_the_whole_one_and_does_nothing_twice(
         patch.setattr(inference, "tqdm", lambda **options: bars.append(options) or tqdm(**options))
         path = Path(pair.tokenizer.folder).parent / "interrupted" / "journal.jsonl"
         path.unlink(missing_ok=True)
-        tofu.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
+        tofu_rows(pair.model, pair.tokenizer, sets, 3, 2, journal=path)
         whole = path.read_bytes()
         lines = whole[: int(part * len(whole))].split(b"\n")
         path.write_bytes(b"\n".join(lines))
-        again = tofu.evaluate(pair.model, pair.tokenizer, sets, 3, 2, progress=False, journal=path)
+        again = tofu_rows(pair.model, pair.tokenizer, sets, 3, 2, journal=path)
         assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)) for x in lines[:-1])]
         assert sum(len(json.loads(x)) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
     for name, items in expected.items():
@@ -682,7 +681,7 @@ def test_smollm2_is_evaluated_as_transformers_would():
     row = Row(
         "r/0", "Who wrote 'Hamlet'?", "William Shakespeare wrote it.", "It is by Shakespeare.", ("Marlowe did.", "Goethe.")
     )
-    results = tofu.evaluate(model, data.Tokenizer(folder), {"forget": [row]}, 12, progress=False)["forget"]["r/0"]
+    results = tofu_rows(model, data.Tokenizer(folder), {"forget": [row]}, 12)["forget"]["r/0"]
 
     def tokens(answer):
         turns = [{"role": "user", "content": row.question}, {"role": "assistant", "content": answer}]
