@@ -31,7 +31,7 @@ def option(default, help: str, choices: tuple | Callable[[], tuple] | None = Non
 
 
 BETAS = ", ".join(f"{name} {row.beta}" for name, row in LOSSES.items() if row.beta)
-SOURCES = {role: "; ".join(f"{name}: {LOSSES[name].source}" for name in dipo.losses_of(role)) for role in dipo.ROLES}
+SOURCES = {role: "; ".join(f"{name}: {LOSSES[name].source}" for name in dipo.loss_names(role)) for role in dipo.ROLES}
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Config:
     max_length: int = option(2048, "tokens of a sequence of MUSE's texts")
     # losses
     forget_loss: str = option(
-        Objective.forget_loss, f"of the forget set ({SOURCES['forget']})", partial(dipo.losses_of, "forget")
+        Objective.forget_loss, f"of the forget set ({SOURCES['forget']})", partial(dipo.loss_names, "forget")
     )
     retain_loss: str = option(
-        Objective.retain_loss, f"of the retain set ({SOURCES['retain']})", lambda: (*dipo.losses_of("retain"), "none")
+        Objective.retain_loss, f"of the retain set ({SOURCES['retain']})", lambda: (*dipo.loss_names("retain"), "none")
     )
     beta: float | None = option(None, f"beta of the losses that have one (default: {BETAS})", type=float)
     lam: float = option(Objective.lam, "lambda, weight of the retain loss")
@@ -102,9 +102,9 @@ class Config:
         return Objective(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Objective)})
 
     @property
-    def terms(self) -> dict[str, tuple[str, float]]:
+    def parts(self) -> dict[str, tuple[str, float]]:
         """{role: (its loss, its weight)}. Raises ValueError for a loss that there is not."""
-        return dipo.FINETUNING if self.finetune else self.objective.terms()
+        return dipo.FINETUNING if self.finetune else self.objective.parts()
 
     @property
     def sets(self) -> Iterator[tuple[str, str]]:
@@ -113,7 +113,7 @@ class Config:
             yield "finetune", self.finetune
             return
         yield "forget", f"{self.forget}/scal/forget_{self.scal}" if self.scal else self.forget
-        if "retain" in self.terms:
+        if "retain" in self.parts:
             yield "retain", self.retain or benchmark_of(self.forget).complement(self.forget)
 
 
@@ -212,7 +212,7 @@ def read_config(out: Path, given: dict) -> Config:
     path = out / "config.json"
     try:
         config = Config(**read_json(path)["config"])
-        config.terms  # noqa: B018
+        config.parts  # noqa: B018
     except (UserError, ValueError, KeyError, TypeError) as e:
         raise RunError(f"--resume: {path} is no run of this program ({first_line(e)})") from None
     for name, value in given.items():

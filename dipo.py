@@ -1,14 +1,14 @@
 """Distribution Preference Optimization (DiPO, arXiv 2510.04773): the paper as pure tensor functions.
 
-Read from top to bottom: the sequence KL, the pair of distributions, the reward margin (Eq. 14), the loss; then one table of
-this loss and those that it is compared with, and the two forms in which every row of it is computed.
+Read from top to bottom: the sequence KL, the pair of distributions, the reward margin (Eq. 14), the loss, the settings of an
+objective; then one table of this loss and those that it is compared with, and the two forms in which each row is computed.
 
 Shapes
     B sequences, T answer positions, V vocabulary.
     logits       [B, T, V]  position t holds the logits that predict answer token t, given the prompt and y_<t
     targets      [B, T]     int64, the answer tokens
     mask         [B, T]     bool, True where there is an answer token (EOS included), False in padding
-    losses       [B]        one number per sequence; the mean over the batch is taken by the caller
+    losses       [B]        one number per sequence; the caller divides their sum by `Loss.divisor`
     [...]        any number of answer positions, of whichever sequences
 
 Half precision goes in, float32 is computed with and comes out; float64 stays float64.
@@ -20,7 +20,8 @@ Notation (the paper's)
     pi_m, pi_f   memory-enhancing and forgetting-promoting distribution: pi_theta shifted towards, and away from, its own
                  high-confidence tokens
     pi_w, pi_l   preferred and dispreferred: (pi_f, pi_m) on the forget set, (pi_m, pi_f) on the retain set
-    D_SeqKL      `sequence_kl`;  u `reward_margin`, Eq. 14;  L `bradley_terry_loss`;  L_f + lambda L_r `Objective`
+    D_SeqKL      `sequence_kl`;  L `bradley_terry_loss`;  L_f + lambda L_r: settings `Objective`, added up in train.py
+    u            Eq. 14: `reward_margin` to read, beta times the sum of `margin_terms` to train
 """
 
 import math
@@ -81,7 +82,7 @@ def token_kl(p_log_probs: Tensor, q_log_probs: Tensor) -> Tensor:
 
 
 def memory_vector(logits: Tensor, p: float = 0.05, filter: str = "both", center: bool = False) -> Tensor:
-    """m_t: the high-confidence logits of z_t, zero elsewhere -> [B, T, V]. No gradient flows through it.
+    """m_t: the high-confidence logits of z_t, zero elsewhere -> [..., V]. No gradient flows through it.
 
     A token is of high confidence by its *rank* (among the top p of the vocabulary; at least one token) and by its
     *relative* probability (at least p times the largest, i.e. z >= max z + log p). Ties with the last kept token are
@@ -106,8 +107,8 @@ def confidence_threshold(z: Tensor, p: float, filter: str) -> Tensor:
     by_probability = z.amax(-1, keepdim=True) + math.log(p)
     if filter == "relative":
         return by_probability
-    k = max(1, int(p * z.shape[-1] + 1e-6))
-    if filter == "both":  # where at most k tokens pass the relative threshold, they are the k largest anyway
+    k = max(1, int(p * z.shape[-1] + 1e-6))  # 0.05 x 60 rounds to just below 3
+    if filter == "both":  # where at most k tokens pass the relative threshold, they are among the k largest anyway
         return torch.maximum(by_probability, kth_largest(z, k, (z >= by_probability).sum(-1) > k))
     by_rank = z.topk(k, sorted=False).values.amin(-1, keepdim=True)
     return by_rank if filter == "rank" else torch.minimum(by_rank, by_probability)
@@ -134,7 +135,7 @@ def _(z: Tensor, k: int, wanted: Tensor) -> Tensor:
 def preference_pair(
     logits: Tensor, alpha: float = 1.0, p: float = 0.05, filter: str = "both", center: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Logits of pi_m = softmax(z + alpha m) and pi_f = softmax(z - alpha m), each [B, T, V].
+    """Logits of pi_m = softmax(z + alpha m) and pi_f = softmax(z - alpha m), each [..., V].
 
     The pair is a target: no gradient flows through it. alpha = 1 is implicit in the paper; alpha -> 0 makes the two
     equal, and the loss a constant.
@@ -148,9 +149,9 @@ def preference_pair(
 
 
 def reward_margin(
-    log_probs: Tensor, ref_log_probs: Tensor, pi_w: Tensor, pi_l: Tensor, mask: Tensor, beta: float = 0.05
+    log_probs: Tensor, ref_log_probs: Tensor, log_pi_w: Tensor, log_pi_l: Tensor, mask: Tensor, beta: float = 0.05
 ) -> Tensor:
-    """u = R_w - R_l of Eq. 14, written out as its four sequence KLs -> [B]. All four are log-probabilities [B, T, V].
+    """u = R_w - R_l of Eq. 14, written out as its four sequence KLs -> [B], from log-probabilities [B, T, V].
 
     Every KL has a member of the pair on the left and a model on the right:
 
@@ -160,7 +161,7 @@ def reward_margin(
     u > 0: compared with the reference, the policy has come closer to pi_w than to pi_l. This form is for reading, and the
     oracle of the tests; `margin_terms` is the one that trains.
     """
-    pi_w, pi_l = pi_w.detach(), pi_l.detach()
+    pi_w, pi_l = log_pi_w.detach(), log_pi_l.detach()
     policy = sequence_kl(pi_l, log_probs, mask) - sequence_kl(pi_w, log_probs, mask)
     reference = sequence_kl(pi_l, ref_log_probs.detach(), mask) - sequence_kl(pi_w, ref_log_probs.detach(), mask)
     return beta * (policy - reference)
@@ -180,6 +181,14 @@ def margin_terms(logits: Tensor, ref_logits: Tensor, pi_w: Tensor, pi_l: Tensor)
 def bradley_terry_loss(u: Tensor) -> Tensor:
     """L = -log P(pi_w > pi_l) = -log sigmoid(R_w - R_l). log 2 at u = 0; never pushes harder than |dL/du| = 1."""
     return -F.logsigmoid(u)
+
+
+def negative_preference_loss(u: Tensor, beta: float) -> Tensor:
+    """-(2 / beta) log sigmoid(u): what NPO, SimNPO and DPO make of u = beta S, S a gap between likelihoods -> [B].
+
+    The factor 2 / beta, which the original DPO does not have, makes NPO tend to gradient ascent as beta -> 0.
+    """
+    return -(2 / beta) * F.logsigmoid(u)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,12 +218,11 @@ def check_roles(swapped: int, positions: int) -> None:
 class Objective:
     """What a run minimises: mean of L_f over forget data + lam * mean of L_r over retain data. Defaults are the paper's.
 
-    forget_loss, retain_loss: rows of LOSSES; retain_loss 'none' leaves the second term out.
-    beta: of the forget loss, and of a retain loss that is the same one (the same pair, its roles reversed); None, and for
-        any other retain loss: the row's own.
-    alpha, p, filter, center: of `preference_pair`. pair_from: 'policy' builds the pair from z, anew at each step (the
-        paper); 'reference' from z_ref (our ablation).
-    reduction: u is a 'sum' over answer tokens (the sequence KL of Eq. 14) or their 'mean' (ours, for long texts).
+    forget_loss, retain_loss: rows of LOSSES; retain_loss 'none' leaves the second part out.
+    beta: in place of the row's own for the forget loss, and for the retain loss if that is the same row.
+    Of dipo alone: alpha, p, filter, center (see `preference_pair`); pair_from, 'policy' to build the pair from z, anew at
+        each step (the paper), or 'reference', from z_ref (our ablation); reduction, 'sum' for u as the sum over answer
+        tokens (the sequence KL of Eq. 14), or 'mean' (ours, for long texts).
     """
 
     forget_loss: str = "dipo"
@@ -228,16 +236,16 @@ class Objective:
     pair_from: str = "policy"
     reduction: str = "sum"
 
-    def terms(self) -> dict[str, tuple[str, float]]:
-        """{role: (its loss, its weight)}: the terms of the total objective. Raises ValueError for a loss that LOSSES does
+    def parts(self) -> dict[str, tuple[str, float]]:
+        """{role: (its loss, its weight)}: the parts of the total objective. Raises ValueError for a loss that LOSSES does
         not have, or not for that role."""
-        terms = {"forget": (self.forget_loss, 1.0), "retain": (self.retain_loss, self.lam)}
+        parts = {"forget": (self.forget_loss, 1.0), "retain": (self.retain_loss, self.lam)}
         if self.retain_loss == "none":
-            del terms["retain"]
-        for role, (name, _) in terms.items():
+            del parts["retain"]
+        for role, (name, _) in parts.items():
             if role not in loss_named(name).roles:
-                raise ValueError(f"loss {name!r} is none of the {role} set, which are {', '.join(losses_of(role))}")
-        return terms
+                raise ValueError(f"loss {name!r} is none of the {role} set, which are {', '.join(loss_names(role))}")
+        return parts
 
     def beta_of(self, name: str) -> float | None:
         """None for a loss that has none."""
@@ -248,13 +256,13 @@ class Objective:
 # -------------------------------------------------------------------------------- what one position adds to each loss
 
 
-class States(NamedTuple):
+class Positions(NamedTuple):
     """Answer positions and what is known there; a loss looks at what it needs."""
 
     logits: Tensor  # [..., V] of the policy: the gradient goes here
     ref_logits: Tensor | None  # [..., V] of the reference
     targets: Tensor | None  # [...] int64
-    role: str  # the set that the positions are of: forget, retain
+    role: str  # the set that the positions are of: forget, retain, or finetune
 
 
 class Terms(NamedTuple):
@@ -265,14 +273,14 @@ class Terms(NamedTuple):
     swapped: Tensor | None = None  # [...] bool, where the pair has its roles swapped
 
 
-def dipo_terms(s: States, o: Objective) -> Terms:
+def dipo_terms(s: Positions, o: Objective) -> Terms:
     """`margin_terms` of the pair that the model's own logits make: 'forget' prefers pi_f to pi_m, 'retain' pi_m to pi_f.
 
     swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
     logits are negative, as all logits of some model families are: then z + m lowers them, "memory-enhancing" forgets,
     and training would do the opposite of what it says. Our check, because m = z on the kept tokens is not invariant to
     adding a constant to all logits, although softmax(z) is. The other tokens have the same logits in both, so their
-    share is U / Z_m against U / Z_f: the kept tokens lose by z + alpha m exactly if it has the smaller normaliser Z_m.
+    share, of a sum U of exp(z), is U / Z_m in pi_m and U / Z_f in pi_f: the kept tokens lose exactly where Z_m < Z_f.
 
     Everywhere else a small step down the loss moves the policy away from pi_l and towards pi_w; the proof stands in
     tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
@@ -283,7 +291,7 @@ def dipo_terms(s: States, o: Objective) -> Terms:
     source = s.logits if o.pair_from == "policy" else s.ref_logits
     memory, forgetting = preference_pair(source, o.alpha, o.p, o.filter, o.center)
     (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
-    pi_w, pi_l = (pi_f, pi_m) if s.role == "forget" else (pi_m, pi_f)
+    pi_w, pi_l = (pi_f, pi_m) if s.role == "forget" else (pi_m, pi_f)  # the same pair; what is preferred is exchanged
     return Terms(margin_terms(s.logits, s.ref_logits, pi_w, pi_l), swapped=log_z_m < log_z_f)
 
 
@@ -294,38 +302,30 @@ def token_nll(logits: Tensor, targets: Tensor | None) -> Tensor:
     return z.logsumexp(-1) - z.gather(-1, targets[..., None]).squeeze(-1)
 
 
-def nll_terms(s: States, o: Objective) -> Terms:
+def nll_terms(s: Positions, o: Objective) -> Terms:
     """-log pi_theta(y_t | s_t): maximum likelihood."""
     nll = token_nll(s.logits, s.targets)
     return Terms(nll, nll)
 
 
-def ascent_terms(s: States, o: Objective) -> Terms:
+def ascent_terms(s: Positions, o: Objective) -> Terms:
     """log pi_theta(y_t | s_t): gradient ascent on what `nll_terms` descends."""
     nll = token_nll(s.logits, s.targets)
     return Terms(-nll, nll)
 
 
-def gap_terms(s: States, o: Objective) -> Terms:
+def gap_terms(s: Positions, o: Objective) -> Terms:
     """log pi_ref(y_t | s_t) - log pi_theta(y_t | s_t): by how much the token has become less likely."""
     assert s.ref_logits is not None
     nll = token_nll(s.logits, s.targets)
     return Terms(nll - token_nll(s.ref_logits.detach(), s.targets), nll)
 
 
-def kl_terms(s: States, o: Objective) -> Terms:
-    """KL(pi_ref || pi_theta), answer positions only (the original code averages over prompt and padding too)."""
+def kl_terms(s: Positions, o: Objective) -> Terms:
+    """KL(pi_ref || pi_theta), answer positions only (the TOFU authors' code averages over prompt and padding too)."""
     assert s.ref_logits is not None
     wide = torch.promote_types(s.logits.dtype, torch.float32)
     return Terms(token_kl(s.ref_logits.detach().log_softmax(-1, dtype=wide), s.logits.log_softmax(-1, dtype=wide)))
-
-
-def negative_preference_loss(u: Tensor, beta: float) -> Tensor:
-    """-(2 / beta) log sigmoid(u), u = beta * a gap [B]: what NPO, SimNPO and DPO have in common -> [B].
-
-    The factor 2 / beta, which the original DPO does not have, makes it tend to gradient ascent as beta -> 0.
-    """
-    return -(2 / beta) * F.logsigmoid(u)
 
 
 # -------------------------------------------------------------------------------------------------- the table of losses
@@ -335,23 +335,23 @@ def negative_preference_loss(u: Tensor, beta: float) -> Tensor:
 class Loss:
     """A row of LOSSES: all that there is to know of a loss. CONTRIBUTING.md has the recipe for another one.
 
-    Its sequences' sums S of `term`, divided by their lengths where `reduction` says 'mean', become margins u = beta S, and
-    `loss`(u, beta) of these is taken; without a beta, S itself is the loss.
+    S = the sum over a sequence of `term`;  S = S / length if reduction is 'mean';  S = S - that of the refusal, if any
+    the sequence's loss = loss(beta S, beta) if there is a beta, else S
     """
 
-    term: Callable[[States, Objective], Terms]  # what one position adds
+    term: Callable[[Positions, Objective], Terms]  # what one position adds
     source: str  # equation or paper
-    loss: Callable[[Tensor, float], Tensor] = lambda u, beta: u  # margins [B], beta -> losses [B]
+    loss: Callable[[Tensor, float], Tensor] = lambda u, beta: u  # u = beta S [B], beta -> losses [B]
     beta: float | None = None
     roles: tuple[str, ...] = ("forget",)  # the sets that it makes sense on
     reference: bool = False  # needs ref_logits
     mean_over: str = "sequences"  # or 'tokens': what the batch's mean is over
     reduction: str | None = "sum"  # of a sequence's positions: 'sum', 'mean', or None: what the objective says
     pair: bool = False  # built on pi_m and pi_f: its margins are logged, swapped roles refused
-    refusals: bool = False  # each answer has a refusal of the same question behind it; S is their difference
+    refusals: bool = False  # each answer has a refusal of the same question behind it
 
     def divisor(self, sequences: int, tokens: int) -> int:
-        """What the losses of a batch with so many sequences and answer tokens are summed up and divided by."""
+        """What the sum of a batch's losses is divided by; the tokens are those of answers, refusals do not count."""
         return {"sequences": sequences, "tokens": tokens}[self.mean_over]
 
 
@@ -368,7 +368,7 @@ LOSSES: dict[str, Loss] = {
     "gd": Loss(nll_terms, "gradient descent", roles=("retain",), mean_over="tokens"),
     "kl": Loss(kl_terms, "D_SeqKL(pi_ref || pi_theta)", roles=("retain",), reference=True, mean_over="tokens"),
 }
-FINETUNING = {"finetune": ("gd", 1.0)}  # in place of `Objective.terms`: maximum likelihood on one set
+FINETUNING = {"finetune": ("gd", 1.0)}  # in place of `Objective.parts`: maximum likelihood on one set
 
 
 def loss_named(name: str) -> Loss:
@@ -378,7 +378,7 @@ def loss_named(name: str) -> Loss:
     return LOSSES[name]
 
 
-def losses_of(role: str) -> tuple[str, ...]:
+def loss_names(role: str) -> tuple[str, ...]:
     return tuple(name for name, row in LOSSES.items() if role in row.roles)
 
 
@@ -388,20 +388,21 @@ def position_terms(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The chunked form, which trains: (term, -log p of the target without gradient, swapped) of any positions, [...] each.
 
-    Summed over each sequence, wherever its positions were computed, the terms are what `losses_of_sums` takes. Without
-    targets the second is zero. Raises ValueError for an unknown loss, or one whose reference is missing.
+    To train: train.compute_gradients = this, chunk by chunk, each sequence's sum, `losses_of_sums`.
+    To read:  `sequence_losses`       = this, of all positions,     masked sums,     `losses_of_sums`.
+    Without targets the second is zero. Raises ValueError for an unknown loss, or one whose reference is missing.
     """
     row = loss_named(name)
     if row.reference and ref_logits is None:
         raise ValueError(f"loss {name!r} needs the reference's logits")
-    value, nll, swapped = row.term(States(logits, ref_logits, targets, role), objective)
+    value, nll, swapped = row.term(Positions(logits, ref_logits, targets, role), objective)
     if nll is None:
         nll = torch.zeros_like(value) if targets is None else token_nll(logits.detach(), targets)
     return value, nll.detach(), torch.zeros_like(value, dtype=torch.bool) if swapped is None else swapped
 
 
 def losses_of_sums(name: str, objective: Objective, sums: Tensor, lengths) -> tuple[Tensor, Tensor | None]:
-    """(losses [B], margins u [B] or None) from each sequence's sum of `position_terms` [B] and its length (a
+    """(losses [B], u = beta S [B] or None) from each sequence's sum of `position_terms` [B] and its length (a
     tensor or a list). Where a loss has refusals, answers and refusals take turns, and [B / 2] come out.
     """
     row, beta, reduction = loss_named(name), objective.beta_of(name), loss_named(name).reduction or objective.reduction
@@ -420,7 +421,7 @@ def sequence_losses(
     name: str, logits: Tensor, mask: Tensor, *, ref_logits: Tensor | None = None, targets: Tensor | None = None,
     role: str = "forget", beta: float | None = None, **pair
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """The whole-sequence form, for reading and for other programs: (losses [B], margins u [B] or None, swapped [B, T]).
+    """The whole-sequence form, for reading and for other programs: (losses [B], u [B] or None, swapped [B, T]).
 
     beta: None for the row's own. pair: alpha, p, filter, center, pair_from, reduction, as in `Objective`.
     Raises ValueError as `position_terms`.
@@ -435,8 +436,8 @@ def sequence_losses(
 
 
 def dipo_loss(logits: Tensor, ref_logits: Tensor, mask: Tensor, role: str = "forget", beta: float = 0.05, **pair) -> Tensor:
-    """The DiPO loss of each sequence -> [B]. The paper's objective is the mean of dipo_loss(role='forget') over forget
-    sequences plus lambda times the mean of dipo_loss(role='retain') over retain sequences.
+    """The DiPO loss of each sequence, for other programs -> [B]. The paper's objective is the mean of
+    dipo_loss(role='forget') over forget sequences plus lambda times that of dipo_loss(role='retain') over retain sequences.
 
     pair: as in `sequence_losses`. Raises SwappedRolesError where raw logits would make it train in the wrong direction.
     """

@@ -1,4 +1,4 @@
-"""Unlearn with DiPO, or finetune: one plain loop, its command line, its run folder.
+"""Unlearn with DiPO, or finetune: one plain loop. From the command to the gradient: main, run, train, compute_gradients.
 
 python train.py                                             the toy world, offline, a few minutes on two cores
 python train.py --forget tofu_forget10 --model llama2-7b    unlearn a published target model
@@ -63,7 +63,7 @@ def draw_parts(config: Config, examples: dict[str, list], first: int, count: int
     examples: {role: examples}; for a loss with refusals also 'refusals', a list of examples for each forget example.
     """
     parts = {}
-    for role, (name, weight) in config.terms.items():
+    for role, (name, weight) in config.parts.items():
         rows = draw(list(range(len(examples[role]))), config.seed, role, first, count)
         groups: list[tuple[Example, ...]] = [(examples[role][i],) for i in rows]
         if LOSSES[name].refusals:
@@ -92,7 +92,7 @@ def compute_gradients(
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one effective batch into model.parameters().grad; returns what log.jsonl holds of it.
 
-    Each loss is normalised over all groups of its part, so the size of micro-batches changes nothing but rounding.
+    Each loss is normalised over all of its part (`Loss.divisor`), so the size of micro-batches changes nothing but rounding.
 
     Forget and retain sequences share each forward pass. The output head and the loss then run on a few whole sequences
     at a time, forward and backward, and leave the gradient of the final hidden states; the blocks are passed backward
@@ -102,44 +102,44 @@ def compute_gradients(
     tokens = {role: sum(group[0].answer_length for group in part.groups) for role, part in parts.items()}  # no refusals
     divisors = {role: LOSSES[part.loss].divisor(len(part.groups), tokens[role]) for role, part in parts.items()}
     paired = [role for role, part in parts.items() if LOSSES[part.loss].pair]
-    sums: dict[str, Tensor | float] = {f"{key}/{role}": 0.0 for role in parts for key in ("loss", "nll")}
-    sums |= {f"margin/{role}": 0.0 for role in paired} | {"swapped": 0}
-    limit = max(1, CHUNK // model.config.vocab_size)
+    logged: dict[str, Tensor | float] = {f"{key}/{role}": 0.0 for role in parts for key in ("loss", "nll")}
+    logged |= {f"margin/{role}": 0.0 for role in paired} | {"swapped": 0}
+    chunk = max(1, CHUNK // model.config.vocab_size)  # positions
 
-    def terms_of(role: str, states: Tensor, targets: Tensor, ref_states: Tensor | None = None):
+    def terms_of(role: str, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None):
         """`position_terms` from final hidden states, [positions, D]."""
-        ref_logits = None if ref_states is None or reference is None else F.linear(ref_states, reference.head)
-        return position_terms(parts[role].loss, role, objective, model.lm_head(states), ref_logits, targets)
+        ref_logits = None if ref_hidden is None or reference is None else F.linear(ref_hidden, reference.head)
+        return position_terms(parts[role].loss, role, objective, model.lm_head(hidden), ref_logits, targets)
 
     queue = [(role, group) for role, part in parts.items() for group in part.groups]
     for first in range(0, len(queue), micro_batch_size):
         roles, groups = zip(*queue[first : first + micro_batch_size], strict=True)
         batch = pack([e for group in groups for e in group]).to(model.device)
-        states = model.hidden_states(**batch.inputs)  # [A, D]
-        leaf = states.detach().requires_grad_()
+        hidden = model.hidden_states(**batch.inputs)  # [A, D]
+        leaf = hidden.detach().requires_grad_()  # the gradient of head and loss stops here
         lengths = [sum(e.answer_length for e in group) for group in groups]
-        for role, some, at in whole_sequences(roles, lengths, limit):
+        for role, some, at in whole_sequences(roles, lengths, chunk):
             part, examples = parts[role], [e for group in groups[some] for e in group]
             inputs = [leaf[at], batch.targets[at]]
             if LOSSES[part.loss].reference and reference is not None:
                 inputs.append(reference.answer_states(examples))
-            fits = at.stop - at.start <= limit
+            fits = at.stop - at.start <= chunk
             piecewise = terms_of if fits else partial(checkpoint, terms_of, use_reentrant=False)
-            pieces = [piecewise(role, *piece) for piece in zip(*(x.split(limit) for x in inputs), strict=True)]
+            pieces = [piecewise(role, *piece) for piece in zip(*(x.split(chunk) for x in inputs), strict=True)]
             terms, nll, swapped = (torch.cat(x) for x in zip(*pieces, strict=True))
             answers = [e.answer_length for e in examples]
-            sequences = torch.stack([x.sum() for x in terms.split(answers)])
-            losses, margins = dipo.losses_of_sums(part.loss, objective, sequences, answers)
+            sums = torch.stack([x.sum() for x in terms.split(answers)])
+            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, answers)
             loss = losses.sum() / divisors[role]
-            (part.weight * loss).backward()
-            sums[f"loss/{role}"] += loss.detach()
-            sums[f"nll/{role}"] += sum(x.sum() for x in nll.split(answers)[:: len(part.groups[0])]) / tokens[role]
+            (part.weight * loss).backward()  # of L_f or lambda L_r; both add up in leaf.grad and the head's
+            logged[f"loss/{role}"] += loss.detach()
+            logged[f"nll/{role}"] += sum(x.sum() for x in nll.split(answers)[:: len(part.groups[0])]) / tokens[role]
             if role in paired and margins is not None:
-                sums[f"margin/{role}"] += margins.detach().sum() / divisors[role]
-                sums["swapped"] += swapped.sum()
-        states.backward(leaf.grad)
-    metrics = {"loss": sum(part.weight * float(sums[f"loss/{role}"]) for role, part in parts.items())}
-    metrics |= {key: float(value) for key, value in sums.items() if key != "swapped"}
+                logged[f"margin/{role}"] += margins.detach().sum() / divisors[role]
+                logged["swapped"] += swapped.sum()
+        hidden.backward(leaf.grad)  # through the blocks, once
+    metrics = {"loss": sum(part.weight * float(logged[f"loss/{role}"]) for role, part in parts.items())}
+    metrics |= {key: float(value) for key, value in logged.items() if key != "swapped"}
     metrics |= {"tokens": sum(len(e.ids) for _, group in queue for e in group)}
     metrics |= {"answer_tokens": sum(e.answer_length for _, group in queue for e in group)}
     metrics["grad_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
@@ -147,8 +147,8 @@ def compute_gradients(
         if not math.isfinite(metrics[name]):
             raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
     if positions := sum(tokens[role] for role in paired):
-        metrics["swapped"] = int(sums["swapped"]) / positions
-        dipo.check_roles(int(sums["swapped"]), positions)
+        metrics["swapped"] = int(logged["swapped"]) / positions
+        dipo.check_roles(int(logged["swapped"]), positions)
     return metrics
 
 
@@ -209,6 +209,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     model.checkpointing = config.gradient_checkpointing
     if config.compile if config.compile is not None else model.device.type == "cuda":
         position_terms = compile_step(model)
+    # Before the checkpoint is loaded: the model is still the start of the run.
     reference = make_reference(model, config, examples, steps, out) if checkpoint_step(out) < steps else None
     start = load_checkpoint(out, model, optimizer)
     log = out / "log.jsonl"
@@ -276,7 +277,7 @@ def make_benchmark(config: Config):
 def load_rows(config: Config) -> dict[str, list]:
     """{role: rows of its data set}; for a loss with refusals also {'refusals': lines}. Raises DataError."""
     rows = {}
-    if any(LOSSES[name].refusals for name, _ in config.terms.values()):
+    if any(LOSSES[name].refusals for name, _ in config.parts.values()):
         rows["refusals"] = benchmark_of(config.forget).refusals(config.refusals, config.forget, config.data_dir)
     return rows | {k: benchmark_of(spec).load(spec, config.data_dir, config.seed) for k, spec in config.sets}
 

@@ -936,7 +936,7 @@ def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
     assert not nll_of.requires_grad and nll_of.shape == swapped_of.shape == terms.shape and swapped_of.dtype == torch.bool
     assert dipo.position_terms("kl", role, objective, z, z_ref)[1].abs().max() == 0  # no targets
     if name in ("npo", "simnpo", "dpo", "ga", "gd"):  # a part of the loss, and not computed again
-        assert dipo.LOSSES[name].term(dipo.States(z, z_ref, targets, role), objective).nll is not None
+        assert dipo.LOSSES[name].term(dipo.Positions(z, z_ref, targets, role), objective).nll is not None
 
 
 def test_what_each_loss_is_of_and_needs():
@@ -955,25 +955,25 @@ def test_what_each_loss_is_of_and_needs():
     assert {name: columns[name] for name in expected} == expected
     assert paired & expected.keys() == {"dipo"} and refusing & expected.keys() == {"dpo"}
     for role in dipo.ROLES:
-        assert dipo.losses_of(role) == tuple(name for name, row in dipo.LOSSES.items() if role in row.roles)
+        assert dipo.loss_names(role) == tuple(name for name, row in dipo.LOSSES.items() if role in row.roles)
     assert [dipo.LOSSES[name].divisor(3, 40) for name in ("dipo", "kl")] == [3, 40]
 
 
 @given(
-    st.sampled_from(dipo.losses_of("forget")), st.sampled_from([*dipo.losses_of("retain"), "none"]), BETAS, st.floats(0, 9)
+    st.sampled_from(dipo.loss_names("forget")), st.sampled_from([*dipo.loss_names("retain"), "none"]), BETAS, st.floats(0, 9)
 )
 @claim("the total objective is L_f + lambda L_r; beta is the forget loss's, and the retain loss's where that is the same")
 def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
     objective = dipo.Objective(forget, retain, lam, beta)
     terms = {"forget": (forget, 1.0), "retain": (retain, lam)}
-    assert objective.terms() == {role: term for role, term in terms.items() if term[0] != "none"}
+    assert objective.parts() == {role: term for role, term in terms.items() if term[0] != "none"}
     defaults = {"dipo": 0.05, "npo": 0.1, "simnpo": 4.5, "dpo": 0.1}
     assert objective.beta_of(forget) == (beta if forget in defaults else None)
     for name, own in defaults.items():
         assert name == forget or objective.beta_of(name) == own
         assert dipo.Objective(forget, retain, lam).beta_of(name) == own
     paper = dipo.Objective()
-    assert paper.terms() == {"forget": ("dipo", 1.0), "retain": ("dipo", 1.0)} and paper.beta_of("dipo") == 0.05
+    assert paper.parts() == {"forget": ("dipo", 1.0), "retain": ("dipo", 1.0)} and paper.beta_of("dipo") == 0.05
     assert dipo.FINETUNING == {"finetune": ("gd", 1.0)}
 
 
@@ -1103,17 +1103,17 @@ def test_wrong_values_and_shapes_are_told():
     for call, message in bad:
         with pytest.raises(AssertionError, match=message):
             call()
-    unknown, forget, retain = (", ".join(names) for names in (dipo.LOSSES, *map(dipo.losses_of, dipo.ROLES)))
+    unknown, forget, retain = (", ".join(names) for names in (dipo.LOSSES, *map(dipo.loss_names, dipo.ROLES)))
     unknown = f"^loss 'remember' is none of {unknown}$"
     for call, message in [
         (lambda: loss("remember", z, mask), unknown),
         (lambda: dipo.losses_of_sums("remember", dipo.Objective(), z[:, 0, 0], [3, 3]), unknown),
-        (lambda: dipo.Objective("remember").terms(), unknown),
+        (lambda: dipo.Objective("remember").parts(), unknown),
         (
-            lambda: dipo.Objective("kl").terms(),
+            lambda: dipo.Objective("kl").parts(),
             "^loss 'kl' is none of the forget set, which are dipo, npo, simnpo, dpo, ga$",
         ),
-        (lambda: dipo.Objective("ga", "ga").terms(), f"^loss 'ga' is none of the retain set, which are {retain}$"),
+        (lambda: dipo.Objective("ga", "ga").parts(), f"^loss 'ga' is none of the retain set, which are {retain}$"),
         *(
             (lambda n=n: loss(n, z, mask, targets), f"^loss '{n}' needs the reference's logits$")
             for n in ("dipo", "kl", "dpo")

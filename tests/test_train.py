@@ -125,7 +125,7 @@ def gradients(tiny, losses, micro, order=range(7), position_terms=dipo.position_
     assert (reference is None) == (losses not in REFERENCED)
     move(model)
     parts = {}
-    for role, (name, weight) in config.terms.items():
+    for role, (name, weight) in config.parts.items():
         groups = [(e, *refusals(tiny)[e]) if name == "dpo" else (e,) for e in examples[role]]
         parts[role] = train.Part(name, weight, groups)
     metrics = train.compute_gradients(model, reference, config.objective, parts, micro, position_terms)
@@ -147,7 +147,7 @@ def written_out(tiny, losses, **options):
     def padded(rows):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
-    for role, (name, weight) in objective.terms().items():
+    for role, (name, weight) in objective.parts().items():
         sums, tokens = {"loss": 0.0, "nll": 0.0, "margin": 0.0}, sum(e.answer_length for e in seven(tiny)[role])
         for e in seven(tiny)[role]:
             group = [e, *refusals(tiny)[e]] if name == "dpo" else [e]
