@@ -962,7 +962,10 @@ def test_what_each_loss_is_of_and_needs():
 @given(
     st.sampled_from(dipo.loss_names("forget")), st.sampled_from([*dipo.loss_names("retain"), "none"]), BETAS, st.floats(0, 9)
 )
-@claim("the total objective is L_f + lambda L_r; beta is the forget loss's, and the retain loss's where that is the same")
+@claim(
+    "the total objective is L_f + lambda L_r; beta is the forget loss's, and the retain loss's where that is the same",
+    "the objective",
+)
 def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
     objective = dipo.Objective(forget, retain, lam, beta)
     terms = {"forget": (forget, 1.0), "retain": (retain, lam)}
