@@ -8,9 +8,8 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from files import UserError, first_line, read_json, write_json
 RUNS = Path("runs")
 
 
-def option(default, help: str, choices: tuple | Callable[[], tuple] | None = None, type: type | None = None):
+def option(default, help: str, choices: tuple | None = None, type: type | None = None):
     return field(default=default, metadata={"help": help, "choices": choices, "type": type})
 
 
@@ -43,9 +42,7 @@ class Config:
     model: str = option("toy", f"model to start from: toy, {', '.join(ALIASES)}, hub id or folder")
     tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
     prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
-    forget: str = option(
-        "toy_forget10", "forget set: tofu_forget01|05|10, muse_news, muse_books, slices A[:300], sums A+B, or a .jsonl file"
-    )
+    forget: str = option("toy_forget10", "tofu_forget01|05|10, muse_news|books, slices A[:300], sums A+B, or a .jsonl file")
     retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
     refusals: str | None = option(None, "file with a refusal per line, for dpo (default: TOFU's, the toy's)", type=str)
     finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)
@@ -56,12 +53,8 @@ class Config:
     chunking: str = option("open-unlearning", "how MUSE's texts are cut into sequences", ("open-unlearning", "muse"))
     max_length: int = option(2048, "tokens of a sequence of MUSE's texts")
     # losses
-    forget_loss: str = option(
-        Objective.forget_loss, f"of the forget set ({SOURCES['forget']})", partial(dipo.loss_names, "forget")
-    )
-    retain_loss: str = option(
-        Objective.retain_loss, f"of the retain set ({SOURCES['retain']})", lambda: (*dipo.loss_names("retain"), "none")
-    )
+    forget_loss: str = option(Objective.forget_loss, f"of the forget set ({SOURCES['forget']})")
+    retain_loss: str = option(Objective.retain_loss, f"of the retain set ({SOURCES['retain']}; none)")
     beta: float | None = option(None, f"beta of the losses that have one (default: {BETAS})", type=float)
     lam: float = option(Objective.lam, "lambda, weight of the retain loss")
     alpha: float = option(Objective.alpha, "strength of the memory vector in the pair softmax(z +- alpha m)")
@@ -132,12 +125,11 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, b
     )
     for f in dataclasses.fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), f.metadata["type"] or type(f.default)
-        choices = f.metadata["choices"]() if callable(f.metadata["choices"]) else f.metadata["choices"]
         special = {k: v[f.name] for k, v in PRESETS.items() if f.name in v}
         default = ", ".join([f"default {f.default}"] + [f"{k} {v}" for k, v in special.items()])
         text = (f"{f.metadata['help']} [{default}]" if f.default is not None else f.metadata["help"]).replace("%", "%%")
         how: dict[str, Any] = (
-            {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": choices}
+            {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
         )
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
@@ -160,6 +152,12 @@ def make_config(given: dict) -> Config:
     for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
         if not getattr(config, name) >= 0:
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    try:
+        config.parts  # noqa: B018
+    except ValueError as e:
+        raise RunError(f"--forget-loss, --retain-loss: {e}") from None
+    if config.beta is not None and not config.finetune and not LOSSES[config.forget_loss].beta:
+        raise RunError(f"--beta: is the forget loss's, and {config.forget_loss} has none; drop the flag")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
     if config.retain_logs and config.retain_model:

@@ -243,14 +243,14 @@ class Objective:
         if self.retain_loss == "none":
             del parts["retain"]
         for role, (name, _) in parts.items():
-            if role not in loss_named(name).roles:
-                raise ValueError(f"loss {name!r} is none of the {role} set, which are {', '.join(loss_names(role))}")
+            if name not in loss_names(role):
+                raise ValueError(f"{role} loss {name!r} is none of {', '.join(loss_names(role))}")
         return parts
 
-    def beta_of(self, name: str) -> float | None:
-        """None for a loss that has none."""
+    def beta_of(self, name: str) -> float:
+        """0 for a loss that has none."""
         own = loss_named(name).beta
-        return self.beta if own is not None and self.beta is not None and name == self.forget_loss else own
+        return self.beta if own and self.beta is not None and name == self.forget_loss else own
 
 
 # -------------------------------------------------------------------------------- what one position adds to each loss
@@ -263,6 +263,7 @@ class Positions(NamedTuple):
     ref_logits: Tensor | None  # [..., V] of the reference
     targets: Tensor | None  # [...] int64
     role: str  # the set that the positions are of: forget, retain, or finetune
+    beta: float  # of the row; where it has a `loss`, that is what beta is for
 
 
 class Terms(NamedTuple):
@@ -336,19 +337,23 @@ class Loss:
     """A row of LOSSES: all that there is to know of a loss. CONTRIBUTING.md has the recipe for another one.
 
     S = the sum over a sequence of `term`;  S = S / length if reduction is 'mean';  S = S - that of the refusal, if any
-    the sequence's loss = loss(beta S, beta) if there is a beta, else S
+    the sequence's loss = loss(beta S, beta) if the row has a `loss`, else S
     """
 
     term: Callable[[Positions, Objective], Terms]  # what one position adds
     source: str  # equation or paper
-    loss: Callable[[Tensor, float], Tensor] = lambda u, beta: u  # u = beta S [B], beta -> losses [B]
-    beta: float | None = None
+    loss: Callable[[Tensor, float], Tensor] | None = None  # u = beta S [B], beta -> losses [B]
+    beta: float = 0.0  # default; 0: there is none
     roles: tuple[str, ...] = ("forget",)  # the sets that it makes sense on
     reference: bool = False  # needs ref_logits
     mean_over: str = "sequences"  # or 'tokens': what the batch's mean is over
     reduction: str | None = "sum"  # of a sequence's positions: 'sum', 'mean', or None: what the objective says
     pair: bool = False  # built on pi_m and pi_f: its margins are logged, swapped roles refused
     refusals: bool = False  # each answer has a refusal of the same question behind it
+
+    def __post_init__(self):
+        assert self.mean_over in ("sequences", "tokens") and self.reduction in ("sum", "mean", None), f"{self} is no loss"
+        assert self.roles and {*self.roles} <= {*ROLES} and (self.loss is None or self.beta), f"{self} is no loss"
 
     def divisor(self, sequences: int, tokens: int) -> int:
         """What the sum of a batch's losses is divided by; the tokens are those of answers, refusals do not count."""
@@ -395,7 +400,7 @@ def position_terms(
     row = loss_named(name)
     if row.reference and ref_logits is None:
         raise ValueError(f"loss {name!r} needs the reference's logits")
-    value, nll, swapped = row.term(Positions(logits, ref_logits, targets, role), objective)
+    value, nll, swapped = row.term(Positions(logits, ref_logits, targets, role, objective.beta_of(name)), objective)
     if nll is None:
         nll = torch.zeros_like(value) if targets is None else token_nll(logits.detach(), targets)
     return value, nll.detach(), torch.zeros_like(value, dtype=torch.bool) if swapped is None else swapped
@@ -411,7 +416,7 @@ def losses_of_sums(name: str, objective: Objective, sums: Tensor, lengths) -> tu
         sums = sums / torch.as_tensor(lengths, device=sums.device).clamp(min=1)
     if row.refusals:
         sums = sums[::2] - sums[1::2]
-    if beta is None:
+    if row.loss is None:
         return sums, None
     u = beta * sums
     return row.loss(u, beta), u

@@ -33,41 +33,29 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
     end = {key: statistics.fmean(r[key] for r in last_epoch) for key in ("nll/forget", "nll/retain") if key in start}
     utility = [p["model_utility"] for p in points]
     if utility and utility[-1] < COLLAPSE * utility[0]:
-        lines.append(
-            f"utility collapsed: model utility {utility[-1]:.3g}, the target's is {utility[0]:.3g}; lower --lr, train fewer "
-            "--epochs, raise --lam, or use a retain loss"
-        )
+        fell = f"model utility {utility[-1]:.3g}, the target's is {utility[0]:.3g}"
+        lines.append(f"utility collapsed: {fell}; lower --lr, train fewer --epochs, raise --lam, or use a retain loss")
     elif not utility and "nll/retain" in end and end["nll/retain"] > start["nll/retain"] + 1:
-        lines.append(
-            f"utility collapsed: retain answers cost {end['nll/retain']:.3g} nats per token, at the start "
-            f"{start['nll/retain']:.3g}; lower --lr, train fewer --epochs, or raise --lam"
-        )
+        rose = f"retain answers cost {end['nll/retain']:.3g} nats per token, at the start {start['nll/retain']:.3g}"
+        lines.append(f"utility collapsed: {rose}; lower --lr, train fewer --epochs, or raise --lam")
     quality = points[-1]["forget_quality"] if points else None
     if quality is not None and quality < QUALITY:
         peak = max(points[1:], key=lambda p: p["forget_quality"])
         peaked = peak["forget_quality"] >= QUALITY
         if remembers and not peaked and not lines:  # of a broken model truth ratios say nothing
-            lines.append(
-                f"under-unlearning: forget quality {quality:.2g}, the forget answers are better known than to the retrained "
-                "model; raise --lr or --epochs"
-            )
+            known = "the forget answers are better known than to the retrained model"
+            lines.append(f"under-unlearning: forget quality {quality:.2g}, {known}; raise --lr or --epochs")
         elif peaked or not remembers:
             earlier = f" (it was {peak['forget_quality']:.2g} at epoch {peak['epoch']:g})" if peaked else ""
-            lines.append(
-                f"over-unlearning: forget quality {quality:.2g}, beyond the retrained model{earlier}; train fewer --epochs "
-                "or lower --lr"
-            )
+            beyond = f"forget quality {quality:.2g}, beyond the retrained model{earlier}"
+            lines.append(f"over-unlearning: {beyond}; train fewer --epochs or lower --lr")
     elif quality is None and end["nll/forget"] < start["nll/forget"] + 0.5:
         lines.append("under-unlearning: the forget answers are about as likely as at the start; raise --lr or --epochs")
     swing = oscillation([u / utility[0] for u in utility]) if len(utility) > 4 and utility[0] else 0.0
     if swing > RESTLESS:
-        lines.append(
-            f"oscillation: model utility goes back and forth by {swing:.0%} of the target's per evaluation; lower --lr, "
-            "enlarge --batch-size, or pass --max-grad-norm 1"
-        )
+        swings = f"model utility goes back and forth by {swing:.0%} of the target's per evaluation"
+        lines.append(f"oscillation: {swings}; lower --lr, enlarge --batch-size, or pass --max-grad-norm 1")
     if degenerate is not None and degenerate > NO_LANGUAGE:
-        lines.append(
-            f"degenerate text: {degenerate:.0%} of the answers to forget questions are no language, which neither score "
-            "sees; lower --lr, or train fewer --epochs"
-        )
+        share = f"{degenerate:.0%} of the answers to forget questions are no language, which neither score sees"
+        lines.append(f"degenerate text: {share}; lower --lr, or train fewer --epochs")
     return lines

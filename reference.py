@@ -45,10 +45,8 @@ class CachedReference:
                 states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype)
                 self.states = states.view(shape)
             except OSError as e:
-                raise RunError(
-                    f"{file}: no room for {size:,} bytes ({e.strerror}); free some space, or pass --reference recompute "
-                    f"and another --out"
-                ) from None
+                remedy = "free some space, or pass --reference recompute and another --out"
+                raise RunError(f"{file}: no room for {size:,} bytes ({e.strerror}); {remedy}") from None
             finally:
                 file.unlink(missing_ok=True)  # the mapping keeps it until the process ends, however that is
         else:

@@ -8,6 +8,7 @@
 """
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def write_markdown(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise ValueError(f"{path}: the lines {START!r} and {END!r} are missing")
+    for name, file in re.findall(r"\[`(\w+)`\]\(\.\./tests/(\w+\.py)\)", text.split(START)[1].split(END)[0]):
+        source = Path(__file__).with_name(file)
+        if (
+            name not in [c.test for c in tried()]
+            and source.exists()
+            and f"def {name}(" in source.read_text(encoding="utf-8")
+        ):
+            raise ValueError(f"{path}: {name} was not run, and its row would be lost; run the whole suite")
     lines = ["| claim | where | property | examples | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in tried():
         lines.append(f"| {escaped(c.text)} | {c.where} | [`{c.test}`](../tests/{c.file}) | {c.examples} | {verdict(c)} |")

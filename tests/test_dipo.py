@@ -927,7 +927,7 @@ def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
     sums = torch.zeros(len(mask), dtype=z.dtype).index_add(0, rows, terms)
     others, other_margins = dipo.losses_of_sums(name, objective, sums, mask.sum(-1).tolist())
     close(losses, others, z)
-    assert (margins is None) == (other_margins is None) == (dipo.LOSSES[name].beta is None)
+    assert (margins is None) == (other_margins is None) == (dipo.LOSSES[name].loss is None)
     if margins is not None:
         close(margins, other_margins, z)
     assert swapped.sum() == swapped_of.sum() and (swapped_of.any() <= dipo.LOSSES[name].pair)
@@ -936,7 +936,33 @@ def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
     assert not nll_of.requires_grad and nll_of.shape == swapped_of.shape == terms.shape and swapped_of.dtype == torch.bool
     assert dipo.position_terms("kl", role, objective, z, z_ref)[1].abs().max() == 0  # no targets
     if name in ("npo", "simnpo", "dpo", "ga", "gd"):  # a part of the loss, and not computed again
-        assert dipo.LOSSES[name].term(dipo.Positions(z, z_ref, targets, role), objective).nll is not None
+        assert dipo.LOSSES[name].term(dipo.Positions(z, z_ref, targets, role, beta), objective).nll is not None
+
+
+@pytest.mark.parametrize("name", dipo.LOSSES)
+@settings(max_examples=25)
+@given(cases(largest=100.0), ROLES, st.sampled_from([torch.bfloat16, torch.float16]))
+def test_every_row_computes_in_float32_trains_no_reference_and_says_what_it_needs(name, case, role, dtype):
+    z, z_ref, mask = (torch.cat([x, x.flip(1)]) for x in case)
+    z, z_ref, targets = z.to(dtype).requires_grad_(), z_ref.to(dtype).requires_grad_(), targets_for(mask, z.shape[-1])
+    given = z_ref if dipo.LOSSES[name].reference else None
+    losses = loss(name, z, mask, targets, given, role=role)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, loss(name, z.float(), mask, targets, given if given is None else given.float(), role=role))
+    losses.sum().backward()
+    assert z.grad is not None and z_ref.grad is None
+
+
+def test_a_row_with_a_wrong_column_is_refused():
+    for wrong in (
+        {"mean_over": "token"},
+        {"reduction": "max"},
+        {"roles": ("remember",)},
+        {"roles": ()},
+        {"loss": dipo.negative_preference_loss},  # without a beta
+    ):
+        with pytest.raises(AssertionError, match="is no loss$"):
+            dipo.Loss(dipo.nll_terms, "no source", **wrong)
 
 
 def test_what_each_loss_is_of_and_needs():
@@ -948,9 +974,9 @@ def test_what_each_loss_is_of_and_needs():
         "npo": (0.1, ("forget",), True, "sequences"),
         "simnpo": (4.5, ("forget",), False, "sequences"),
         "dpo": (0.1, ("forget",), True, "sequences"),
-        "ga": (None, ("forget",), False, "tokens"),
-        "gd": (None, ("retain",), False, "tokens"),
-        "kl": (None, ("retain",), True, "tokens"),
+        "ga": (0.0, ("forget",), False, "tokens"),
+        "gd": (0.0, ("retain",), False, "tokens"),
+        "kl": (0.0, ("retain",), True, "tokens"),
     }
     assert {name: columns[name] for name in expected} == expected
     assert paired & expected.keys() == {"dipo"} and refusing & expected.keys() == {"dpo"}
@@ -970,8 +996,8 @@ def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
     objective = dipo.Objective(forget, retain, lam, beta)
     terms = {"forget": (forget, 1.0), "retain": (retain, lam)}
     assert objective.parts() == {role: term for role, term in terms.items() if term[0] != "none"}
-    defaults = {"dipo": 0.05, "npo": 0.1, "simnpo": 4.5, "dpo": 0.1}
-    assert objective.beta_of(forget) == (beta if forget in defaults else None)
+    defaults = {name: row.beta for name, row in dipo.LOSSES.items()}
+    assert objective.beta_of(forget) == (beta if defaults[forget] else 0.0)
     for name, own in defaults.items():
         assert name == forget or objective.beta_of(name) == own
         assert dipo.Objective(forget, retain, lam).beta_of(name) == own
@@ -1111,12 +1137,13 @@ def test_wrong_values_and_shapes_are_told():
     for call, message in [
         (lambda: loss("remember", z, mask), unknown),
         (lambda: dipo.losses_of_sums("remember", dipo.Objective(), z[:, 0, 0], [3, 3]), unknown),
-        (lambda: dipo.Objective("remember").parts(), unknown),
+        (lambda: dipo.Objective("remember").parts(), f"^forget loss 'remember' is none of {forget}$"),
+        (lambda: dipo.Objective("npo", "npo").parts(), f"^retain loss 'npo' is none of {retain}$"),
         (
             lambda: dipo.Objective("kl").parts(),
-            "^loss 'kl' is none of the forget set, which are dipo, npo, simnpo, dpo, ga$",
+            f"^forget loss 'kl' is none of {forget}$",
         ),
-        (lambda: dipo.Objective("ga", "ga").parts(), f"^loss 'ga' is none of the retain set, which are {retain}$"),
+        (lambda: dipo.Objective("ga", "ga").parts(), f"^retain loss 'ga' is none of {retain}$"),
         *(
             (lambda n=n: loss(n, z, mask, targets), f"^loss '{n}' needs the reference's logits$")
             for n in ("dipo", "kl", "dpo")

@@ -76,8 +76,8 @@ def records(folder) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
-LOSSES += [("simnpo", "gd"), ("dpo", "gd"), ("dpo", "kl")]
+LOSSES = list(itertools.product(("dipo", "npo", "ga"), (*dipo.loss_names("retain"), "none")))
+LOSSES += [(name, "gd") for name in dipo.loss_names("forget") if name not in ("dipo", "npo", "ga")] + [("dpo", "kl")]
 REFERENCED = [losses for losses in LOSSES if any(dipo.LOSSES[name].reference for name in losses if name != "none")]
 OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
 
@@ -165,7 +165,7 @@ def written_out(tiny, losses, **options):
                 positions += e.answer_length
             else:
                 loss = dipo.sequence_losses(name, z, mask, ref_logits=z_ref, targets=targets, role=role, beta=beta)[0]
-            sums["loss"] = sums["loss"] + loss / (7 if name in ("dipo", "npo", "simnpo", "dpo") else tokens)
+            sums["loss"] = sums["loss"] + loss / dipo.LOSSES[name].divisor(7, tokens)
             nll = torch.nn.functional.cross_entropy(z[0, : e.answer_length], targets[0, : e.answer_length], reduction="sum")
             sums["nll"] += nll.item() / tokens
         total = total + weight * sums["loss"]
@@ -844,6 +844,9 @@ BAD = {
     "missing refusals": (["--forget-loss", "dpo", "--refusals", "none.txt"], "none.txt"),
     "toy vocabulary": (["--toy-vocabulary", "100"], "at least 400"),
     "unknown preset": (["--preset", "best"], "unknown"),
+    "unknown loss": (["--forget-loss", "wag"], "forget loss 'wag' is none of dipo, npo"),
+    "loss of the other set": (["--retain-loss", "ga"], "retain loss 'ga' is none of dipo, gd, kl"),
+    "beta of none": (["--forget-loss", "ga", "--beta", "1"], "ga has none"),
     "unknown device": (["--device", "warp"], "--device warp"),
     "broken retain log": (["--retain-logs", "nothing.json"], "nothing.json"),
     "two references": (["--retain-logs", "a", "--retain-model", "b"], "one of them"),
