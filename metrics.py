@@ -4,6 +4,7 @@ Words: the *loss* of an answer is its mean negative log-likelihood per token, EO
 is exp(-loss), the geometric mean of its token probabilities.
 """
 
+import itertools
 import math
 import re
 import zlib
@@ -150,7 +151,7 @@ def privleak(auc: float, retained_auc: float = 0.5) -> float:
 
 def oscillation(values: list[float]) -> float:
     """How far a series goes back and forth: the length of its path beyond its net change, per step. 0 = monotone. Ours."""
-    path = sum(abs(b - a) for a, b in zip(values, values[1:], strict=False))
+    path = sum(abs(b - a) for a, b in itertools.pairwise(values))
     return (path - abs(values[-1] - values[0])) / max(1, len(values) - 1)
 
 
@@ -163,7 +164,7 @@ def degenerate_share(samples: dict[str, tuple[str, str, str]]) -> float:
     for _, _, generation in samples.values():
         words = words_of(generation.lower())
         strange = sum(w not in known for w in words)
-        pairs = set(zip(words, words[1:], strict=False))
+        pairs = set(itertools.pairwise(words))
         count += not words or strange > len(words) / 2 or (len(words) >= 8 and len(pairs) < (len(words) - 1) / 2)
     return count / len(samples)
 

@@ -3,6 +3,7 @@
 B sequences, T positions, V vocabulary throughout. w and l are the preferred and the dispreferred distribution.
 """
 
+import itertools
 import math
 import shutil
 import subprocess
@@ -954,6 +955,11 @@ def test_every_row_computes_in_float32_trains_no_reference_and_says_what_it_need
 
 
 def test_a_row_with_a_wrong_column_is_refused():
+    right = itertools.product(("sequences", "tokens"), ("sum", "mean", None), (("forget",), ("retain",), dipo.ROLES))
+    for mean_over, reduction, roles in right:
+        columns = {"mean_over": mean_over, "reduction": reduction, "roles": roles}
+        for more in ({}, {"beta": 1.0}, {"beta": 1.0, "loss": dipo.negative_preference_loss}):
+            assert dipo.Loss(dipo.nll_terms, "no source", **columns, **more).roles == roles
     for wrong in (
         {"mean_over": "token"},
         {"reduction": "max"},

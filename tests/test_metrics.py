@@ -313,3 +313,23 @@ def test_rouge_of_open_unlearnings_generations_is_the_stored_one(log, name):
         scores = metrics.rouge(item["ground_truth"], item["generation"])
         expected = {"rouge": item["rougeL_recall"], "rouge_f1": item["rougeL_f1"], "rouge1": item["rouge1_recall"]}
         assert scores == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "generation, degenerate",
+    [
+        ("", True),
+        ("a x", False),  # half of the words are strange, not more
+        ("a x y", True),
+        ("a b a b a b a", False),  # seven words: too short to go round in circles
+        ("a b a b a b a b", True),
+        ("a b c a b c a b", True),  # 3 of 7 pairs are different
+        ("a b c d a b c d", False),  # 4 of 7
+        ("a b c d a b c d a", False),  # 4 of 8: half
+        ("a b b a a c b c a c c", False),  # three words only, but 9 of 10 pairs
+        ("a b a c a b a c", False),
+    ],
+)
+def test_no_language_is_no_words_strange_words_or_going_round_in_circles(generation, degenerate):
+    samples = {"0": ("A b c", "d, a", generation), "1": ("a", "b", "a b c")}
+    assert metrics.degenerate_share(samples) == (0.5 if degenerate else 0.0)
