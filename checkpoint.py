@@ -51,7 +51,7 @@ def checkpoint_step(out: Path) -> int:
     if (folder := checkpoint_folder(out)) is None:
         return 0
     try:
-        return int(read_json(folder / "state.json")["step"])
+        return int(read_json(folder / "state.json", remedy="it is not whole")["step"])
     except (UserError, KeyError, ValueError, TypeError) as e:
         raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
 

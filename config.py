@@ -209,7 +209,7 @@ def read_config(out: Path, given: dict) -> Config:
     """The config of the run to resume. Raises RunError where there is none, or a flag says something else."""
     path = out / "config.json"
     try:
-        config = Config(**read_json(path)["config"])
+        config = Config(**read_json(path, remedy="name a run folder")["config"])
         config.parts  # noqa: B018
     except (UserError, ValueError, KeyError, TypeError) as e:
         raise RunError(f"--resume: {path} is no run of this program ({first_line(e)})") from None

@@ -215,7 +215,9 @@ class Tokenizer:
             special = self.config.get(name)
             special = special.get("content") if isinstance(special, dict) else special
             if not isinstance(special, str):
-                raise DataError(f"{self.folder / 'tokenizer_config.json'}: key '{name}' is missing or no text")
+                raise DataError(
+                    f"{self.folder / 'tokenizer_config.json'}: key '{name}' is missing or no text; write it there"
+                )
             token = special
         token_id = self.tokenizer.token_to_id(token)
         if token_id is None:

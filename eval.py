@@ -9,6 +9,7 @@ What is asked of a benchmark stands in tofu.py and muse.py, the numbers in metri
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -21,16 +22,16 @@ from files import UserError
 from inference import Benchmark, Options, pick_device, pick_dtype
 from metrics import EvalError, require_extra
 from model import LlamaConfig, ModelError, load_pretrained, read_config, resolve_folder
-from muse import MUSE_CHECKPOINTS, Muse
-from tofu import CHECKPOINTS, PROTOCOLS, Tofu, scored
+from muse import Muse
+from tofu import Tofu, scored
 
 BENCHMARKS: dict[str, type[Benchmark]] = {"tofu": Tofu, "toy": Tofu, "muse": Muse}  # by the first word of a data set's name
-ALIASES = CHECKPOINTS | MUSE_CHECKPOINTS
+ALIASES = {alias: known for kind in BENCHMARKS.values() for alias, known in kind.checkpoints.items()}
 
 
 def benchmark_of(spec: str) -> type[Benchmark]:
     """The class of a data set's benchmark. A file of one's own holds questions: TOFU's schema."""
-    return BENCHMARKS.get(spec.partition("_")[0], Tofu)
+    return Tofu if ".json" in spec else BENCHMARKS.get(spec.partition("_")[0], Tofu)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--retain-logs", help="evaluation log of the retrained model (ours, open-unlearning's, the TOFU authors')")
     add("--retain-model", help="the retrained model itself; evaluated first")
     add("--eval-retain", help="rows that stand for the retain set, e.g. tofu_retain_perturbed[:100]")
-    protocols = "open-unlearning, or the authors': tofu (first 300 rows, 200 tokens in total), muse"
-    add("--protocol", default="open-unlearning", choices=[*PROTOCOLS, "muse"], help=protocols)
+    protocols = [*dict.fromkeys(itertools.chain(*(kind.protocols for kind in BENCHMARKS.values())))]
+    meant = "open-unlearning, or the authors': tofu (first 300 rows, 200 tokens in total), muse"
+    add("--protocol", default="open-unlearning", choices=protocols, help=meant)
     add("--truth-ratio", default="geometric", choices=["geometric", "arithmetic"], help="mean over the wrong answers")
     add("--no-stemmer", action="store_true", help="MUSE: ROUGE without stemmer (off by itself in protocol muse)")
     add("--mask-quirk", action="store_true", help="hide <|eot_id|> in prompts, as open-unlearning does (#128)")
@@ -139,6 +141,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("pass one of --model, --logs, --plot")
     if args.model is not None and args.forget is None:
         parser.error("--model needs --forget")
+    if args.retain_logs and args.retain_model:
+        parser.error("--retain-logs and --retain-model: pass one of them")
     return args
 
 

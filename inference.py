@@ -37,7 +37,7 @@ class Options:
     forget: str | None  # None: no data set is loaded, for logs alone
     data_dir: str | Path | None = None
     rows: int | None = None  # only the first so many of each set; None: as many as the protocol has
-    protocol: str = "open-unlearning"
+    protocol: str | None = None  # None: the benchmark's first
     eval_retain: str | None = None  # TOFU's: in place of the retain set
     seed: int = 0  # of the toy world
     max_new_tokens: int = 200  # TOFU's
@@ -210,12 +210,12 @@ class Benchmark:
 
     def __init__(self, options: Options):
         """Loads the sets. Raises DataError for those, EvalError for a protocol of another benchmark or less than one row."""
-        if options.protocol not in self.protocols:
-            known = ", ".join(self.protocols)
-            raise EvalError(f"--protocol {options.protocol}: is none of {self.name}'s, which are {known}")
+        protocol = options.protocol or next(iter(self.protocols))
+        if protocol not in self.protocols:
+            raise EvalError(f"--protocol {protocol}: is none of {self.name}'s, which are {', '.join(self.protocols)}")
         if options.rows is not None and options.rows < 1:
             raise EvalError(f"limit {options.rows}: leaves no rows; give at least 1, or none for all of them")
-        self.options, self.protocol = options, self.protocols[options.protocol]
+        self.options, self.protocol = options, self.protocols[protocol]
         self.no_holdout = ""  # why there are no holdout rows, where they were asked for
         self.sets = self.load_sets()
 

@@ -349,7 +349,7 @@ def resolve_folder(name: str | Path, patterns: Sequence[str] = ("*.json", "*.jin
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except Exception as e:  # the hub client raises its own, requests', httpx's and the system's errors
         why = f"as a hub id (owner/name) it gave nothing ({type(e).__name__}: {first_line(e)})"
-        raise ModelError(f"{name}: no such folder, and {why}; {HOLDS}") from None
+        raise ModelError(f"{name}: no such folder, and {why}; offline, pass a folder: {HOLDS}") from None
 
 
 def read_config(folder: Path) -> LlamaConfig:

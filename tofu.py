@@ -102,7 +102,9 @@ def evaluation_sets(forget: str, retain: str | None = None) -> dict[str, str]:
     prefix = parts[0][0].split("_")[0]
     kind = rf"{prefix}_forget\d+(_perturbed)?"
     if prefix not in ("tofu", "toy") or not all(re.fullmatch(kind, name) for name, *_ in parts):
-        raise DataError(f"--forget {forget}: TOFU's numbers need a tofu_forgetXX or toy_forgetXX set; pass --no-eval")
+        raise DataError(
+            f"--forget {forget}: TOFU's numbers need a tofu_forgetXX or toy_forgetXX set (train.py: pass --no-eval)"
+        )
     names = [name.removesuffix("_perturbed") + "_perturbed" + _window(lo, hi) for name, lo, hi in parts]
     sets = {"forget": "+".join(names), "retain": retain or f"{prefix}_retain_perturbed"}
     return sets | {"ra": f"{prefix}_real_authors_perturbed", "wf": f"{prefix}_world_facts_perturbed"}

@@ -439,7 +439,7 @@ def main(argv: list[str] | None = None) -> int:
         if resume and "out" not in given:
             raise RunError("--resume: name the run folder with --out")
         config = read_config(Path(given["out"]), given) if resume else make_config(given)
-        out = Path(config.out) if config.out else next_out(config)
+        out = Path(given["out"]) if "out" in given else next_out(config)  # of a run that was moved: where it is now
         if not resume and out.exists():
             raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
         if config.model == "toy":

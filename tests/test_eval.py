@@ -725,7 +725,14 @@ def test_a_run_folder_is_a_place_to_keep_its_evaluations(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec, name", [("tofu_forget10[:4]", "TOFU"), ("toy_forget10", "TOFU"), ("mine.jsonl", "TOFU"), ("muse_news", "MUSE")]
+    "spec, name",
+    [
+        ("tofu_forget10[:4]", "TOFU"),
+        ("toy_forget10", "TOFU"),
+        ("mine.jsonl", "TOFU"),
+        ("muse_news", "MUSE"),
+        ("muse_mine.jsonl[:3]", "TOFU"),
+    ],
 )
 def test_a_data_set_belongs_to_the_benchmark_of_its_first_word(spec, name):
     assert eval.benchmark_of(spec).name == name

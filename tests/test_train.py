@@ -469,6 +469,16 @@ def test_no_space_for_the_states_is_one_line(cli, monkeypatch):
     assert cli(*SMALL, "--reference", "recompute", "--out", "b")[0] == 0
 
 
+def test_a_copied_run_goes_on_in_its_own_folder(cli, monkeypatch):
+    cli(*SMALL, "--out", "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert cli(*SMALL, "--out", "cut")[0] == 130
+    shutil.copytree("cut", "copy")
+    assert cli("--resume", "--out", "copy", model=False)[0] == 0 and same(weights("copy"), weights("whole"))
+    assert not Path("cut/model").exists() and Path("cut/checkpoint").exists()
+
+
 def test_resume_refuses_what_it_cannot_continue(cli):
     assert "name the run folder" in cli("--resume", model=False)[1]
     assert "no run of this program" in cli("--resume", "--out", "nowhere", model=False)[1]
