@@ -954,6 +954,26 @@ def test_every_row_computes_in_float32_trains_no_reference_and_says_what_it_need
     assert z.grad is not None and z_ref.grad is None
 
 
+def test_a_term_has_the_losss_beta_and_what_is_logged_has_no_gradient(monkeypatch):
+    """Ascent weighted by p^beta: a beta that is no factor of a margin."""
+
+    def weighted(s, o):
+        nll = dipo.token_nll(s.logits, s.targets)
+        return dipo.Terms(-(-s.beta * nll).exp().detach() * nll, nll)
+
+    monkeypatch.setitem(dipo.LOSSES, "weighted", dipo.Loss(weighted, "none", beta=2.0, mean_over="tokens"))
+    z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mask, targets = torch.ones(2, 3, dtype=torch.bool), torch.arange(6).view(2, 3)
+    p = z.softmax(-1).gather(-1, targets[..., None])[..., 0]
+    for beta, power in ((None, 2.0), (0.5, 0.5)):
+        losses, margins, _ = dipo.sequence_losses("weighted", z, mask, targets=targets, beta=beta)
+        assert_close(losses, (p**power * p.log()).sum(-1))
+        assert margins is None
+    for name in ("weighted", "dipo", "gd"):
+        term, nll_of, swapped = dipo.position_terms(name, "forget", dipo.Objective(name), z, z.detach(), targets)
+        assert term.requires_grad and not nll_of.requires_grad and not swapped.requires_grad
+
+
 def test_a_row_with_a_wrong_column_is_refused():
     right = itertools.product(("sequences", "tokens"), ("sum", "mean", None), (("forget",), ("retain",), dipo.ROLES))
     for mean_over, reduction, roles in right:
