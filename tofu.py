@@ -48,7 +48,6 @@ PROTOCOLS = {
     "open-unlearning": Protocol(None, None, metrics.OPEN_UNLEARNING_EPSILON),
     "tofu": Protocol(300, 200, 0.0),  # the TOFU authors'
 }
-OPEN_UNLEARNING = PROTOCOLS["open-unlearning"]
 
 
 def load_rows(spec: str, data_dir: str | Path | None = None, seed: int = 0) -> list[Row]:

@@ -194,7 +194,7 @@ def test_items_are_keyed_by_row_and_hold_what_the_metrics_read(results, sets):
             assert (item["question"], item["answer"]) == (row.question, row.answer)
             assert len(item["wrong_losses"]) == len(row.perturbed_answers)
             assert item["rouge"] == metrics.rouge(row.answer, item["generation"])["rouge"]
-            epsilon = tofu.OPEN_UNLEARNING.epsilon
+            epsilon = tofu.PROTOCOLS["open-unlearning"].epsilon
             assert item["truth_ratio"] == metrics.truth_ratio(item["correct_loss"], item["wrong_losses"], epsilon=epsilon)
             assert (item["correct_loss"] == item["loss"]) == (row.paraphrased_answer is None)
 
