@@ -60,9 +60,14 @@ class Config:
     alpha: float = option(Objective.alpha, "strength of the memory vector in the pair softmax(z +- alpha m)")
     p: float = option(Objective.p, "rank and relative threshold of the memory vector, a fraction")
     filter: str = option(Objective.filter, "which threshold keeps a logit in the memory vector", dipo.FILTERS)
-    pair_from: str = option(Objective.pair_from, "whose logits make the pair", ("policy", "reference"))
+    pair_from: str | None = option(
+        None, "whose logits make the pair (default: dipo policy, anchored reference)", ("policy", "reference"), str
+    )
     center: bool = option(Objective.center, "make the memory vector from logits minus their mean")
     reduction: str = option(Objective.reduction, "margin of a sequence: sum or mean over its answer tokens", ("sum", "mean"))
+    kappa: float = option(Objective.kappa, "weight of the anchor of anchored losses")
+    positions: str = option(Objective.positions, "what anchored losses forget of an answer", ("memory", "all"))
+    tau: float = option(Objective.tau, "nats by which a memory position surprises what the retain set explains")
     # optimisation
     lr: float = option(1e-5, "peak learning rate of AdamW (betas 0.9, 0.999; eps 1e-8)")
     epochs: float = option(10.0, "passes over the forget (or finetuning) set")
@@ -110,11 +115,14 @@ class Config:
             yield "retain", self.retain or benchmark_of(self.forget).complement(self.forget)
 
 
+# A data set's own preset comes first, the one that is named over it.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
+    "paper": {"forget_loss": "dipo", "retain_loss": "dipo"},
+    "anchored": {"forget_loss": "anchored", "retain_loss": "anchored"},
     "muse": {"warmup_epochs": 0.0, "weight_decay": 0.0, "schedule": "constant", "micro_batch_size": 1},
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
-    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
+    "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0}
+    | {"forget_loss": "anchored", "retain_loss": "anchored"},
 }
 
 
@@ -144,12 +152,12 @@ def make_config(given: dict) -> Config:
     preset = given.get("preset", usual)
     if preset not in PRESETS:
         raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
-    config = Config(**(PRESETS[preset] | given | {"preset": preset}))
+    config = Config(**(PRESETS[usual] | PRESETS[preset] | given | {"preset": preset}))
     positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
     for name in positive + (("beta",) if config.beta is not None else ()):
         if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
-    for name in ("lam", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
+    for name in ("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
         if not getattr(config, name) >= 0:
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     try:
@@ -158,6 +166,14 @@ def make_config(given: dict) -> Config:
         raise RunError(f"--forget-loss, --retain-loss: {e}") from None
     if config.beta is not None and not config.finetune and not LOSSES[config.forget_loss].beta:
         raise RunError(f"--beta: is the forget loss's, and {config.forget_loss} has none; drop the flag")
+    if not math.isfinite(config.tau):
+        raise RunError(f"--tau {config.tau}: must be a number of nats; --positions all is no threshold at all")
+    anchored = not config.finetune and any(LOSSES[name].anchored for name, _ in config.parts.values())
+    for name in ("kappa", "positions", "tau"):
+        if name in given and not anchored:
+            raise RunError(
+                f"--{name}: is of anchored losses, and neither {config.forget_loss} nor {config.retain_loss} is one"
+            )
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
     if config.retain_logs and config.retain_model:

@@ -158,6 +158,7 @@ class Example:
     key: str
     ids: tuple[int, ...]
     prompt_length: int
+    memory: tuple[bool, ...] | None = dataclasses.field(default=None, compare=False)  # of each label, see memory.py
 
     @property
     def answer_length(self) -> int:
@@ -290,6 +291,7 @@ class Batch:
     positions: Tensor  # [1, N] int64, 0, 1, ... anew for each sequence
     at: Tensor  # [A] int64, where in N the next token is an answer token
     targets: Tensor  # [A] int64, those answer tokens
+    memory: Tensor  # [A] bool, the memory positions; all, where an example has none marked
     lengths: tuple[int, ...]  # B numbers, their sum is N
     answer_lengths: tuple[int, ...]  # B numbers, their sum is A
 
@@ -314,6 +316,7 @@ def pack(examples: Sequence[Example], hidden_id: int | None = None) -> Batch:
         integers([list(itertools.chain(*read))]),
         integers([i for end, a in zip(itertools.accumulate(lengths), answers, strict=True) for i in range(end - a, end)]),
         integers([t for e in examples for t in e.ids[e.prompt_length :]]),
+        torch.tensor([m for e in examples for m in e.memory or (True,) * e.answer_length], dtype=torch.bool),
         lengths,
         answers,
     )

@@ -22,6 +22,8 @@ Notation (the paper's)
     pi_w, pi_l   preferred and dispreferred: (pi_f, pi_m) on the forget set, (pi_m, pi_f) on the retain set
     D_SeqKL      `sequence_kl`;  L `bradley_terry_loss`;  L_f + lambda L_r: settings `Objective`, added up in train.py
     u            Eq. 14: `reward_margin` to read, beta times the sum of `margin_terms` to train
+
+Ours, not the paper's: anchored DiPO, `anchored_terms`, three changes that leave the model its language.
 """
 
 import math
@@ -199,6 +201,10 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return e / total, (top + total.log()).squeeze(-1)
 
 
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def check_roles(swapped: int, positions: int) -> None:
     """Raises SwappedRolesError if more than SWAP_LIMIT of the answer positions have their roles swapped.
 
@@ -220,9 +226,11 @@ class Objective:
 
     forget_loss, retain_loss: rows of LOSSES; retain_loss 'none' leaves the second part out.
     beta: in place of the row's own for the forget loss, and for the retain loss if that is the same row.
-    Of dipo alone: alpha, p, filter, center (see `preference_pair`); pair_from, 'policy' to build the pair from z, anew at
-        each step (the paper), or 'reference', from z_ref (our ablation); reduction, 'sum' for u as the sum over answer
-        tokens (the sequence KL of Eq. 14), or 'mean' (ours, for long texts).
+    Of losses with a pair: alpha, p, filter, center (see `preference_pair`); pair_from, 'policy' to build it from z, anew at
+        each step (the paper), or 'reference', from z_ref; None: dipo has the first, anchored the second; reduction, 'sum'
+        for u as the sum over answer tokens (the sequence KL of Eq. 14), or 'mean' (ours, for long texts).
+    Of anchored losses (ours): kappa, weight of the anchor; positions of a forget answer that are forgotten: 'memory', those
+        that surprise what the retain set explains by more than tau nats (see memory.py), or 'all'.
     """
 
     forget_loss: str = "dipo"
@@ -233,19 +241,29 @@ class Objective:
     p: float = 0.05
     filter: str = "both"
     center: bool = False
-    pair_from: str = "policy"
+    pair_from: str | None = None
     reduction: str = "sum"
+    kappa: float = 0.02
+    positions: str = "memory"
+    tau: float = 2.0
 
     def parts(self) -> dict[str, tuple[str, float]]:
         """{role: (its loss, its weight)}: the parts of the total objective. Raises ValueError for a loss that LOSSES does
-        not have, or not for that role."""
+        not have, or not for that role, and where memory positions lack the retain set that they are told by."""
         parts = {"forget": (self.forget_loss, 1.0), "retain": (self.retain_loss, self.lam)}
         if self.retain_loss == "none":
             del parts["retain"]
         for role, (name, _) in parts.items():
             if name not in loss_names(role):
                 raise ValueError(f"{role} loss {name!r} is none of {', '.join(loss_names(role))}")
+        if self.selects and "retain" not in parts:
+            raise ValueError(f"forget loss {self.forget_loss!r} tells memory by the retain set; name a retain loss")
         return parts
+
+    @property
+    def selects(self) -> bool:
+        """Whether the forget answers' memory positions must be known."""
+        return self.positions == "memory" and loss_named(self.forget_loss).anchored
 
     def beta_of(self, name: str) -> float:
         """0 for a loss that has none."""
@@ -264,18 +282,28 @@ class Positions(NamedTuple):
     targets: Tensor | None  # [...] int64
     role: str  # the set that the positions are of: forget, retain, or finetune
     beta: float  # of the row; where it has a `loss`, that is what beta is for
+    memory: Tensor | None = None  # [...] bool, the memory positions of forget answers; None: all
 
 
 class Terms(NamedTuple):
-    """What each position adds to its sequence's sum, and what the log tells of it."""
+    """What each position adds to its sequence's sums, and what the log tells of it."""
 
     value: Tensor  # [...]
     nll: Tensor | None = None  # [...] -log p of the target, where it was computed on the way
     swapped: Tensor | None = None  # [...] bool, where the pair has its roles swapped
+    anchor: Tensor | None = None  # [...] KL(pi* || pi_theta), of anchored losses
 
 
 def dipo_terms(s: Positions, o: Objective) -> Terms:
-    """`margin_terms` of the pair that the model's own logits make: 'forget' prefers pi_f to pi_m, 'retain' pi_m to pi_f.
+    """`margin_terms` of the pair that the model's own logits make, `preferring` by the role of the set."""
+    assert o.pair_from in (None, "policy", "reference"), f"pair_from {o.pair_from!r} is neither 'policy' nor 'reference'"
+    assert s.ref_logits is not None
+    source = s.ref_logits if o.pair_from == "reference" else s.logits
+    return preferring(s, *preference_pair(source, o.alpha, o.p, o.filter, o.center))
+
+
+def preferring(s: Positions, memory: Tensor, forgetting: Tensor) -> Terms:
+    """`margin_terms` of a pair, given as logits [..., V]: 'forget' prefers pi_f to pi_m, 'retain' pi_m to pi_f.
 
     swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
     logits are negative, as all logits of some model families are: then z + m lowers them, "memory-enhancing" forgets,
@@ -287,13 +315,36 @@ def dipo_terms(s: Positions, o: Objective) -> Terms:
     tests/test_dipo.py at `test_a_tilt_along_a_vector_ordered_like_the_logits_has_the_right_direction`.
     """
     assert s.role in ROLES, f"role {s.role!r} is none of {ROLES}"
-    assert o.pair_from in ("policy", "reference"), f"pair_from {o.pair_from!r} is neither 'policy' nor 'reference'"
     assert s.ref_logits is not None
-    source = s.logits if o.pair_from == "policy" else s.ref_logits
-    memory, forgetting = preference_pair(source, o.alpha, o.p, o.filter, o.center)
     (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
     pi_w, pi_l = (pi_f, pi_m) if s.role == "forget" else (pi_m, pi_f)  # the same pair; what is preferred is exchanged
     return Terms(margin_terms(s.logits, s.ref_logits, pi_w, pi_l), swapped=log_z_m < log_z_f)
+
+
+def anchored_terms(s: Positions, o: Objective) -> Terms:
+    """Anchored DiPO, ours. The paper's pair, made anew from the policy at each step, pushes down whatever is likely now, at
+    every position: words as much as facts, until no language is left. Three changes:
+
+    * the pair is the reference's (unless pair_from says 'policy'): it stays where it is, and the margin saturates;
+    * on forget data only memory positions add to the margin (see memory.py), on retain data all do;
+    * an anchor, kappa sum_t KL(pi*_t || pi_theta,t), with pi* = pi_f at memory positions of forget data and pi_ref
+      everywhere else. It is to DiPO what a likelihood term on the preferred answer is to DPO.
+
+    dL/dz_t = -beta sigmoid(-u) (pi_w - pi_l)_t, at memory positions, + kappa (pi_theta - pi*)_t. Without anchor, with all
+    positions and the policy's pair it is `dipo_terms`; for kappa -> infinity it is a distillation to pi*.
+    """
+    assert s.ref_logits is not None
+    fixed = preference_pair(s.ref_logits, o.alpha, o.p, o.filter, o.center)
+    if o.pair_from == "policy":
+        terms = dipo_terms(s, o)
+    else:
+        terms = preferring(s, *fixed)
+    if s.role != "forget":
+        return terms._replace(anchor=token_kl(_log_softmax(s.ref_logits.detach()), _log_softmax(s.logits)))
+    memory = torch.ones_like(terms.value, dtype=torch.bool) if s.memory is None else s.memory
+    target = torch.where(memory[..., None], fixed[1], _at_least_float32(s.ref_logits.detach()))
+    anchor = token_kl(_log_softmax(target), _log_softmax(s.logits))
+    return terms._replace(value=terms.value.where(memory, 0.0), anchor=anchor)
 
 
 def token_nll(logits: Tensor, targets: Tensor | None) -> Tensor:
@@ -325,8 +376,30 @@ def gap_terms(s: Positions, o: Objective) -> Terms:
 def kl_terms(s: Positions, o: Objective) -> Terms:
     """KL(pi_ref || pi_theta), answer positions only (the TOFU authors' code averages over prompt and padding too)."""
     assert s.ref_logits is not None
-    wide = torch.promote_types(s.logits.dtype, torch.float32)
-    return Terms(token_kl(s.ref_logits.detach().log_softmax(-1, dtype=wide), s.logits.log_softmax(-1, dtype=wide)))
+    return Terms(token_kl(_log_softmax(s.ref_logits.detach()), _log_softmax(s.logits)))
+
+
+def anchored_gap_terms(s: Positions, o: Objective) -> Terms:
+    """`gap_terms` at memory positions, the anchor KL(pi_ref || pi_theta) at the others: what is left of `anchored_terms`
+    without DiPO's pair. Our control."""
+    terms, kept = gap_terms(s, o), kl_terms(s, o).value
+    if s.memory is None:
+        return terms._replace(anchor=torch.zeros_like(kept))
+    return terms._replace(value=terms.value.where(s.memory, 0.0), anchor=kept.where(~s.memory, 0.0))
+
+
+def weighted_ascent_terms(s: Positions, o: Objective) -> Terms:
+    """p^beta log p of the target, p^beta a constant weight: ascent that lets go of what has become unlikely."""
+    nll = token_nll(s.logits, s.targets)
+    return Terms((-s.beta * nll.detach()).exp() * -nll, nll)
+
+
+def undial_terms(s: Positions, o: Objective) -> Terms:
+    """Cross-entropy with softmax(z_ref - beta at the target): distillation to the reference with its answer lowered."""
+    assert s.ref_logits is not None and s.targets is not None
+    lowered = _at_least_float32(s.ref_logits.detach())
+    lowered = lowered.scatter_add(-1, s.targets[..., None], torch.full_like(lowered[..., :1], -s.beta))
+    return Terms(-(lowered.softmax(-1) * _log_softmax(s.logits)).sum(-1))
 
 
 # -------------------------------------------------------------------------------------------------- the table of losses
@@ -337,7 +410,8 @@ class Loss:
     """A row of LOSSES: all that there is to know of a loss. CONTRIBUTING.md has the recipe for another one.
 
     S = the sum over a sequence of `term`;  S = S / length if reduction is 'mean';  S = S - that of the refusal, if any
-    the sequence's loss = loss(beta S, beta) if the row has a `loss`, else S
+    the sequence's loss = loss(beta S, beta) if the row has a `loss`, else S;  + kappa A if it is anchored, A the sum over
+        the sequence of the terms' `anchor`, a mean where S is one
     """
 
     term: Callable[[Positions, Objective], Terms]  # what one position adds
@@ -350,10 +424,12 @@ class Loss:
     reduction: str | None = "sum"  # of a sequence's positions: 'sum', 'mean', or None: what the objective says
     pair: bool = False  # built on pi_m and pi_f: its margins are logged, swapped roles refused
     refusals: bool = False  # each answer has a refusal of the same question behind it
+    anchored: bool = False  # forgets memory positions only, and its terms have an anchor: ours
 
     def __post_init__(self):
         assert self.mean_over in ("sequences", "tokens") and self.reduction in ("sum", "mean", None), f"{self} is no loss"
         assert self.roles and {*self.roles} <= {*ROLES} and (self.loss is None or self.beta), f"{self} is no loss"
+        assert not self.anchored or (self.loss and not self.refusals), f"{self} is no loss"
 
     def divisor(self, sequences: int, tokens: int) -> int:
         """What the sum of a batch's losses is divided by; the tokens are those of answers, refusals do not count."""
@@ -364,12 +440,29 @@ LOSSES: dict[str, Loss] = {
     "dipo": Loss(
         dipo_terms, "Eq. 14", lambda u, beta: bradley_terry_loss(u), 0.05, ROLES, reference=True, pair=True, reduction=None
     ),
+    "anchored": Loss(
+        anchored_terms,
+        "anchored DiPO, ours",
+        lambda u, beta: bradley_terry_loss(u),
+        0.05,
+        ROLES,
+        reference=True,
+        pair=True,
+        reduction=None,
+        anchored=True,
+    ),
     "npo": Loss(gap_terms, "NPO, arXiv 2404.05868", negative_preference_loss, 0.1, reference=True),
+    "anchored-npo": Loss(
+        anchored_gap_terms, "ours: NPO in anchored's frame", negative_preference_loss, 0.1, reference=True, anchored=True
+    ),
     # with its margin gamma at 0, as both its code and open-unlearning have it
     "simnpo": Loss(nll_terms, "SimNPO, arXiv 2410.07163", negative_preference_loss, 4.5, reduction="mean"),
     # prefers "I don't know" to the answer: open-unlearning's IdkDPO
     "dpo": Loss(gap_terms, "DPO, arXiv 2305.18290", negative_preference_loss, 0.1, reference=True, refusals=True),
     "ga": Loss(ascent_terms, "gradient ascent", mean_over="tokens"),
+    # open-unlearning's mean is over padding too
+    "undial": Loss(undial_terms, "UNDIAL, arXiv 2402.10052", beta=10.0, reference=True, mean_over="tokens"),
+    "wga": Loss(weighted_ascent_terms, "WGA, arXiv 2502.19301", beta=1.0, mean_over="tokens"),
     "gd": Loss(nll_terms, "gradient descent", roles=("retain",), mean_over="tokens"),
     "kl": Loss(kl_terms, "D_SeqKL(pi_ref || pi_theta)", roles=("retain",), reference=True, mean_over="tokens"),
 }
@@ -389,54 +482,62 @@ def loss_names(role: str) -> tuple[str, ...]:
 
 def position_terms(
     name: str, role: str, objective: Objective,
-    logits: Tensor, ref_logits: Tensor | None = None, targets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The chunked form, which trains: (term, -log p of the target without gradient, swapped) of any positions, [...] each.
+    logits: Tensor, ref_logits: Tensor | None = None, targets: Tensor | None = None, memory: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The chunked form, which trains: (term, -log p of the target without gradient, swapped, anchor), [...] each.
 
     To train: train.compute_gradients = this, chunk by chunk, each sequence's sum, `losses_of_sums`.
     To read:  `sequence_losses`       = this, of all positions,     masked sums,     `losses_of_sums`.
-    Without targets the second is zero. Raises ValueError for an unknown loss, or one whose reference is missing.
+    Without targets the second is zero, without an anchor the last. memory: as in `Positions`, of anchored losses. Raises
+    ValueError for an unknown loss, or one whose reference is missing.
     """
     row = loss_named(name)
     if row.reference and ref_logits is None:
         raise ValueError(f"loss {name!r} needs the reference's logits")
-    value, nll, swapped = row.term(Positions(logits, ref_logits, targets, role, objective.beta_of(name)), objective)
+    positions = Positions(logits, ref_logits, targets, role, objective.beta_of(name), memory)
+    value, nll, swapped, anchor = row.term(positions, objective)
     if nll is None:
         nll = torch.zeros_like(value) if targets is None else token_nll(logits.detach(), targets)
-    return value, nll.detach(), torch.zeros_like(value, dtype=torch.bool) if swapped is None else swapped
+    swapped = torch.zeros_like(value, dtype=torch.bool) if swapped is None else swapped
+    return value, nll.detach(), swapped, torch.zeros_like(value) if anchor is None else anchor
 
 
-def losses_of_sums(name: str, objective: Objective, sums: Tensor, lengths) -> tuple[Tensor, Tensor | None]:
-    """(losses [B], u = beta S [B] or None) from each sequence's sum of `position_terms` [B] and its length (a
-    tensor or a list). Where a loss has refusals, answers and refusals take turns, and [B / 2] come out.
+def losses_of_sums(
+    name: str, objective: Objective, sums: Tensor, lengths, anchors: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(losses [B], u = beta S [B] or None) from each sequence's sums of `position_terms`, of terms and of anchors [B], and
+    its length (a tensor or a list). Where a loss has refusals, answers and refusals take turns, and [B / 2] come out.
     """
     row, beta, reduction = loss_named(name), objective.beta_of(name), loss_named(name).reduction or objective.reduction
     assert reduction in ("sum", "mean"), f"reduction {reduction!r} is neither 'sum' nor 'mean'"
     if reduction == "mean":
-        sums = sums / torch.as_tensor(lengths, device=sums.device).clamp(min=1)
+        lengths = torch.as_tensor(lengths, device=sums.device).clamp(min=1)
+        sums, anchors = sums / lengths, None if anchors is None else anchors / lengths
     if row.refusals:
         sums = sums[::2] - sums[1::2]
     if row.loss is None:
         return sums, None
     u = beta * sums
-    return row.loss(u, beta), u
+    losses = row.loss(u, beta)
+    return losses if anchors is None or not row.anchored else losses + objective.kappa * anchors, u
 
 
 def sequence_losses(
     name: str, logits: Tensor, mask: Tensor, *, ref_logits: Tensor | None = None, targets: Tensor | None = None,
-    role: str = "forget", beta: float | None = None, **pair
+    role: str = "forget", beta: float | None = None, memory: Tensor | None = None, **pair
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """The whole-sequence form, for reading and for other programs: (losses [B], u [B] or None, swapped [B, T]).
 
-    beta: None for the row's own. pair: alpha, p, filter, center, pair_from, reduction, as in `Objective`.
-    Raises ValueError as `position_terms`.
+    beta: None for the row's own. pair: alpha, p, filter, center, pair_from, reduction, kappa, as in `Objective`. memory:
+    [B, T] bool, the positions that an anchored loss forgets; None: all. Raises ValueError as `position_terms`.
     """
     _check(mask, logits, *(() if ref_logits is None else (ref_logits,)))
     if targets is not None:
         assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
     objective = Objective(forget_loss=name, beta=beta, **pair)
-    value, _, swapped = position_terms(name, role, objective, logits, ref_logits, targets)
-    losses, margins = losses_of_sums(name, objective, _masked_sum(value, mask), mask.sum(-1))
+    value, _, swapped, anchor = position_terms(name, role, objective, logits, ref_logits, targets, memory)
+    sums = _masked_sum(value, mask), mask.sum(-1), _masked_sum(anchor, mask)
+    losses, margins = losses_of_sums(name, objective, *sums)
     return losses, margins, swapped & mask
 
 

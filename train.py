@@ -36,6 +36,7 @@ from eval import Source, benchmark_of
 from files import UserError, first_line, read_json, read_jsonl, write_json
 from hints import find_hints
 from inference import PUBLISHED_LOGS, Options, find_file, pick_device, pick_dtype
+from memory import mark_memory, memory_record
 from metrics import require_extra
 from model import Llama, load_pretrained, save_pretrained
 from reference import CachedReference, RecomputedReference, Reference
@@ -88,7 +89,7 @@ def whole_sequences(roles: Sequence[str], lengths: Sequence[int], limit: int) ->
 
 def compute_gradients(
     model: Llama, reference: Reference | None, objective: Objective, parts: dict[str, Part], micro_batch_size: int,
-    position_terms: Callable[..., tuple[Tensor, Tensor, Tensor]] = dipo.position_terms,
+    position_terms: Callable[..., tuple[Tensor, ...]] = dipo.position_terms,
 ) -> dict[str, float]:  # fmt: skip
     """Gradients of one effective batch into model.parameters().grad; returns what log.jsonl holds of it.
 
@@ -103,13 +104,14 @@ def compute_gradients(
     divisors = {role: LOSSES[part.loss].divisor(len(part.groups), tokens[role]) for role, part in parts.items()}
     paired = [role for role, part in parts.items() if LOSSES[part.loss].pair]
     logged: dict[str, Tensor | float] = {f"{key}/{role}": 0.0 for role in parts for key in ("loss", "nll")}
-    logged |= {f"margin/{role}": 0.0 for role in paired} | {"swapped": 0}
+    anchored = [role for role, part in parts.items() if LOSSES[part.loss].anchored]
+    logged |= {f"margin/{role}": 0.0 for role in paired} | {f"anchor/{role}": 0.0 for role in anchored} | {"swapped": 0}
     chunk = max(1, CHUNK // model.config.vocab_size)  # positions
 
-    def terms_of(role: str, hidden: Tensor, targets: Tensor, ref_hidden: Tensor | None = None):
+    def terms_of(role: str, hidden: Tensor, targets: Tensor, memory: Tensor, ref_hidden: Tensor | None = None):
         """`position_terms` from final hidden states, [positions, D]."""
         ref_logits = None if ref_hidden is None or reference is None else F.linear(ref_hidden, reference.head)
-        return position_terms(parts[role].loss, role, objective, model.lm_head(hidden), ref_logits, targets)
+        return position_terms(parts[role].loss, role, objective, model.lm_head(hidden), ref_logits, targets, memory)
 
     queue = [(role, group) for role, part in parts.items() for group in part.groups]
     for first in range(0, len(queue), micro_batch_size):
@@ -120,16 +122,16 @@ def compute_gradients(
         lengths = [sum(e.answer_length for e in group) for group in groups]
         for role, some, at in whole_sequences(roles, lengths, chunk):
             part, examples = parts[role], [e for group in groups[some] for e in group]
-            inputs = [leaf[at], batch.targets[at]]
+            inputs = [leaf[at], batch.targets[at], batch.memory[at]]
             if LOSSES[part.loss].reference and reference is not None:
                 inputs.append(reference.answer_states(examples))
             fits = at.stop - at.start <= chunk
             piecewise = terms_of if fits else partial(checkpoint, terms_of, use_reentrant=False)
             pieces = [piecewise(role, *piece) for piece in zip(*(x.split(chunk) for x in inputs), strict=True)]
-            terms, nll, swapped = (torch.cat(x) for x in zip(*pieces, strict=True))
+            terms, nll, swapped, anchor = (torch.cat(x) for x in zip(*pieces, strict=True))
             answers = [e.answer_length for e in examples]
-            sums = torch.stack([x.sum() for x in terms.split(answers)])
-            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, answers)
+            sums, anchors = (torch.stack([x.sum() for x in y.split(answers)]) for y in (terms, anchor))
+            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, answers, anchors)
             loss = losses.sum() / divisors[role]
             (part.weight * loss).backward()  # of L_f or lambda L_r; both add up in leaf.grad and the head's
             logged[f"loss/{role}"] += loss.detach()
@@ -137,6 +139,8 @@ def compute_gradients(
             if role in paired and margins is not None:
                 logged[f"margin/{role}"] += margins.detach().sum() / divisors[role]
                 logged["swapped"] += swapped.sum()
+            if role in anchored:
+                logged[f"anchor/{role}"] += anchors.detach().sum() / divisors[role]
         hidden.backward(leaf.grad)  # through the blocks, once
     metrics = {"loss": sum(part.weight * float(logged[f"loss/{role}"]) for role, part in parts.items())}
     metrics |= {key: float(value) for key, value in logged.items() if key != "swapped"}
@@ -206,6 +210,11 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
         evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
     optimizer, position_terms = make_optimizer(model, config), dipo.position_terms
+    if "forget" in config.parts and config.objective.selects and checkpoint_step(out) < steps:
+        examples = examples | {"forget": mark_memory(model, examples["forget"], examples["retain"], config.tau)}
+        record = memory_record(examples["forget"], config.tau)
+        print(f"memory: {record['share']:.0%} of the forget answers' tokens, {out / 'memory.json'}", flush=True)
+        write_json(out / "memory.json", record)
     model.checkpointing = config.gradient_checkpointing
     if config.compile if config.compile is not None else model.device.type == "cuda":
         position_terms = compile_step(model)
