@@ -335,10 +335,7 @@ def anchored_terms(s: Positions, o: Objective) -> Terms:
     """
     assert s.ref_logits is not None
     fixed = preference_pair(s.ref_logits, o.alpha, o.p, o.filter, o.center)
-    if o.pair_from == "policy":
-        terms = dipo_terms(s, o)
-    else:
-        terms = preferring(s, *fixed)
+    terms = preferring(s, *fixed) if o.pair_from is None else dipo_terms(s, o)
     if s.role != "forget":
         return terms._replace(anchor=token_kl(_log_softmax(s.ref_logits.detach()), _log_softmax(s.logits)))
     memory = torch.ones_like(terms.value, dtype=torch.bool) if s.memory is None else s.memory
@@ -534,6 +531,7 @@ def sequence_losses(
     _check(mask, logits, *(() if ref_logits is None else (ref_logits,)))
     if targets is not None:
         assert targets.shape == mask.shape, f"targets {tuple(targets.shape)} and mask {tuple(mask.shape)} differ"
+    assert memory is None or memory.shape == mask.shape, f"memory {tuple(memory.shape)} and mask {tuple(mask.shape)} differ"
     objective = Objective(forget_loss=name, beta=beta, **pair)
     value, _, swapped, anchor = position_terms(name, role, objective, logits, ref_logits, targets, memory)
     sums = _masked_sum(value, mask), mask.sum(-1), _masked_sum(anchor, mask)

@@ -3,6 +3,7 @@
     python eval.py --model RUN --forget tofu_forget10 [--retain-logs FILE | --retain-model PATH]
     python eval.py --logs FILE [--retain-logs FILE]          score a published log, no model
     python eval.py --plot RUN                                draw its trajectory
+    python eval.py --report RUN                              its scores, trajectory and answers as one HTML page
 
 What is asked of a benchmark stands in tofu.py and muse.py, the numbers in metrics.py.
 """
@@ -14,14 +15,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import files
+import report
 from data import PROMPT_FORMATS, Tokenizer
 from files import UserError
 from inference import Benchmark, Options, pick_device, pick_dtype
 from metrics import EvalError, require_extra
-from model import LlamaConfig, ModelError, load_pretrained, read_config, resolve_folder
+from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, resolve_folder
 from muse import Muse
 from tofu import Tofu, scored
 
@@ -117,6 +120,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--forget", help="forget set, e.g. tofu_forget10, tofu_forget05[:40], muse_news, muse_news[:10]")
     add("--logs", help="score this evaluation log instead of a model (formats as --retain-logs)")
     add("--plot", metavar="RUN", help="draw the trajectory of a run of train.py into RUN/trajectory.png")
+    add("--report", metavar="RUN", help="write scores, trajectory and answers of a TOFU run into RUN/report.html")
     add("--retain-logs", help="evaluation log of the retrained model (ours, open-unlearning's, the TOFU authors')")
     add("--retain-model", help="the retrained model itself; evaluated first")
     add("--eval-retain", help="rows that stand for the retain set, e.g. tofu_retain_perturbed[:100]")
@@ -137,8 +141,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--out", help="write the summary to this JSON file")
     args = parser.parse_args(argv)
-    if sum(x is not None for x in (args.model, args.logs, args.plot)) != 1:
-        parser.error("pass one of --model, --logs, --plot")
+    if sum(x is not None for x in (args.model, args.logs, args.plot, args.report)) != 1:
+        parser.error("pass one of --model, --logs, --plot, --report")
     if args.model is not None and args.forget is None:
         parser.error("--model needs --forget")
     if args.retain_logs and args.retain_model:
@@ -161,15 +165,21 @@ def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callabl
     if args.retain_logs:
         benchmark.reference(args.model, args.retain_logs, None)  # an unusable log ends the run now, not after the work
 
-    def run(name: str, label: str) -> dict:
+    def load(source: Source) -> Llama:
+        return load_pretrained(source.folder, device=device, compute_dtype=dtype)
+
+    def run(name: str, label: str) -> tuple[Source, dict]:
         source = open_source(name, "target", args.tokenizer, args.prompt)
-        model = load_pretrained(source.folder, device=device, compute_dtype=dtype)
+        model = load(source)
         on = f"{device}, {dtype}, protocol {args.protocol}"
         say(f"{label}: {source.name}  prompt format {source.tokenizer.format_name}, {on}")
-        return benchmark.evaluate(model, source.tokenizer, source.run, "final", label)
+        return source, benchmark.evaluate(model, source.tokenizer, source.run, "final", label)
 
-    retrained = {"retrained": run(args.retain_model, "retrained")} if args.retain_model else {}
-    return {"model": run(args.model, "model")} | retrained
+    if not args.retain_model:
+        return {"model": run(args.model, "model")[1]}
+    judge, retrained = run(args.retain_model, "retrained")
+    logs = {"model": run(args.model, "model")[1], "retrained": retrained}
+    return benchmark.with_language(logs, partial(load, judge), judge.tokenizer)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,6 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.plot:
             print(plot(Path(args.plot)))
+            return 0
+        if args.report:
+            print(report.write(Path(args.report), open_source, benchmark_of, args))
             return 0
         require_extra()
         benchmark = make_benchmark(args)

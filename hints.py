@@ -17,15 +17,22 @@ def find_hints(out: Path, benchmark, logs: dict[str, dict], reference: dict | No
     if benchmark is None or not benchmark.plots:
         return hints(log, [], None, None)
     later = read_jsonl(out / "trajectory.jsonl") or [summary["unlearned"] | {"epoch": log[-1]["epoch"]}]
-    return hints(log, [summary["target"], *later], *benchmark.signs(logs["unlearned"], reference))
+    remembers, degenerate = benchmark.signs(logs["unlearned"], reference)
+    usual = 0.0
+    if "language" in summary["unlearned"]:
+        degenerate, usual = (1 - summary[name]["language"] for name in ("unlearned", "retrained"))
+    return hints(log, [summary["target"], *later], remembers, degenerate, usual)
 
 
-def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerate: float | None) -> list[str]:
+def hints(
+    log: list[dict], points: list[dict], remembers: bool | None, degenerate: float | None, usual: float = 0.0
+) -> list[str]:
     """The failures that a finished unlearning run shows, each one line with its remedy.
 
     log: of log.jsonl. points: scores of the target and of each evaluation after it, with forget_quality (or None) and
     model_utility; empty without TOFU's evaluation. remembers: whether the forget answers are still likelier, against their
-    wrong ones, than the retrained model has them; None without one. degenerate: `metrics.degenerate_share`.
+    wrong ones, than the retrained model has them; None without one. degenerate: share of the forget answers that are no
+    language, by `metrics.language` where it is known, else `metrics.degenerate_share`. usual: the retrained model's own.
     """
     lines, start = [], log[0]
     final = math.ceil(log[-1]["epoch"] - 1e-9)
@@ -55,7 +62,7 @@ def hints(log: list[dict], points: list[dict], remembers: bool | None, degenerat
     if swing > RESTLESS:
         swings = f"model utility goes back and forth by {swing:.0%} of the target's per evaluation"
         lines.append(f"oscillation: {swings}; lower --lr, enlarge --batch-size, or pass --max-grad-norm 1")
-    if degenerate is not None and degenerate > NO_LANGUAGE:
-        share = f"{degenerate:.0%} of the answers to forget questions are no language, which neither score sees"
+    if degenerate is not None and degenerate - usual > NO_LANGUAGE:
+        share = f"{degenerate:.0%} of the answers to forget questions are no language, which no other score sees"
         lines.append(f"degenerate text: {share}; lower --lr, or train fewer --epochs")
     return lines

@@ -24,7 +24,7 @@ from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
 from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k
 from model import Llama, generate
 
-Scores = dict[str, float]
+Scores = dict[str, Any]  # numbers, or one for each token
 # What is measured of each text of a batch: (logits [A, V], targets [A], how many of A are each text's) -> their scores.
 Measure = Callable[[Tensor, Tensor, tuple[int, ...]], list[Scores]]
 PUBLISHED_LOGS = "open-unlearning/eval"  # data set on the hub
@@ -103,6 +103,12 @@ def mean_loss(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> list
     """{'loss'}: the mean negative log-likelihood per token, in nats."""
     losses = F.cross_entropy(logits, targets, reduction="none")
     return [{"loss": x.mean().item()} for x in losses.cpu().split(lengths)]
+
+
+def token_losses(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> list[Scores]:
+    """{'losses': each token's negative log-likelihood, in nats}."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return [{"losses": x.tolist()} for x in losses.cpu().split(lengths)]
 
 
 def memorization(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> list[Scores]:
@@ -283,6 +289,13 @@ class Benchmark:
             return self.read_reference(path)[0], f"{PUBLISHED_LOGS}/{name}"
         except (DataError, EvalError) as e:
             return None, f"no retain reference: {e}"
+
+    def with_language(
+        self, logs: dict[str, dict], load_retrained: Callable[[], Llama], tokenizer: Tokenizer
+    ) -> dict[str, dict]:
+        """The logs of several models, 'retrained' among them, each with what the retrained model, loaded for it, says of
+        the answers: here nothing, TOFU's have it."""
+        return logs
 
     @classmethod
     def report(cls, summaries: dict[str, dict], found: str) -> str:

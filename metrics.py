@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from files import UserError
@@ -155,18 +155,50 @@ def oscillation(values: list[float]) -> float:
     return (path - abs(values[-1] - values[0])) / max(1, len(values) - 1)
 
 
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def loops(text: str) -> bool:
+    """Whether a text goes round in circles: of 8 words and more, most pairs of neighbours are repeated. Ours."""
+    words = words_of(text)
+    return len(words) >= 8 and len(set(itertools.pairwise(words))) < (len(words) - 1) / 2
+
+
 def degenerate_share(samples: dict[str, tuple[str, str, str]]) -> float:
     """Share of the generations that are no language, by (question, reference, generation). Ours, and crude: no words at
-    all, more than half of them in no question or reference here, or (of 8 words and more) most pairs of words repeated."""
-    words_of = re.compile(r"\w+").findall
-    known = {w for question, reference, _ in samples.values() for w in words_of(f"{question} {reference}".lower())}
+    all, more than half of them in no question or reference here, or it `loops`."""
+    known = {w for question, reference, _ in samples.values() for w in words_of(f"{question} {reference}")}
     count = 0
     for _, _, generation in samples.values():
-        words = words_of(generation.lower())
-        strange = sum(w not in known for w in words)
-        pairs = set(itertools.pairwise(words))
-        count += not words or strange > len(words) / 2 or (len(words) >= 8 and len(pairs) < (len(words) - 1) / 2)
+        words = words_of(generation)
+        count += not words or sum(w not in known for w in words) > len(words) / 2 or loops(generation)
     return count / len(samples)
+
+
+def language_loss(losses: list[float], ids: Sequence[int], prompt_length: int) -> float:
+    """Sum of an answer's token losses over their number, in nats, without those of tokens that stand in the prompt, each the
+    first time: a name that the question gives and the judge has never met tells nothing of language; said twice, it does.
+    ids: of prompt and answer; the last one, EOS, always counts."""
+    free, total = set(ids[:prompt_length]), losses[-1]
+    for token, loss in zip(ids[prompt_length:-1], losses[:-1], strict=True):
+        total += 0.0 if token in free else loss
+        free.discard(token)
+    return total / len(losses)
+
+
+def language_limit(true_losses: list[float]) -> float:
+    """The 95th percentile as an order statistic: the highest loss once a twentieth of them, rounded down, is left out."""
+    return sorted(true_losses)[len(true_losses) - len(true_losses) // 20 - 1]
+
+
+def language(answers: list[tuple[str, float | None]], true_losses: list[float]) -> float:
+    """Share of a model's answers that are language. Ours. The judge is the retrained model, which never saw the forget set:
+    what it finds plausible to answer is language of the domain, facts aside. answers: (text, its `language_loss` under the
+    judge, or None where it has no tokens). true_losses: those of the true answers, language that the judge has not seen. An
+    answer is language if its loss is within their `language_limit` and it does not loop, which no likelihood punishes."""
+    limit = language_limit(true_losses)
+    return mean(loss is not None and loss <= limit and not loops(text) for text, loss in answers)
 
 
 def aggregate(rows: Rows, epsilon: float = 0.0) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """TOFU (Maini et al. 2024, arXiv 2401.06121): its data, with the toy world and files of one's own, and its evaluation."""
 
+import itertools
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +14,9 @@ import logs
 import metrics
 import toy
 from data import DataError, Example, Row, Tokenizer, cut, fingerprint, parse_rows, split_spec
-from inference import Benchmark, Checkpoint, Prompt, Text, Work, find_file, mean_loss, memorization
+from inference import Benchmark, Checkpoint, Prompt, Text, Work, find_file, mean_loss, memorization, score, token_losses
 from metrics import FORGET_PARTS, MEMBERSHIP, MEMORIZATION, UTILITY_PARTS, EvalError, Rows
+from model import Llama
 
 TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 TOFU_CONFIGS = (*toy.TOY_CONFIGS, "holdout01", "holdout05", "holdout10")
@@ -85,9 +88,15 @@ def load_refusals(path: str | None, forget: str, data_dir: str | Path | None = N
     return lines
 
 
+def benchmark_parts(spec: str) -> list[tuple[str, str | None, str | None]]:
+    """The parts of a data set's name without files of one's own, unless there is nothing else."""
+    parts = split_spec(spec)
+    return [part for part in parts if not part[0].endswith((".json", ".jsonl"))] or parts
+
+
 def complement(forget: str) -> str:
     """The retain set of a forget set: what else the target model was trained on. Raises DataError where it is not known."""
-    parts = split_spec(forget)
+    parts = benchmark_parts(forget)
     prefix, _, config = parts[0][0].partition("_")
     if len(parts) == 1 and prefix in ("tofu", "toy") and config in TOFU_RETAIN:
         return f"{prefix}_{TOFU_RETAIN[config]}"
@@ -96,8 +105,9 @@ def complement(forget: str) -> str:
 
 def evaluation_sets(forget: str, retain: str | None = None) -> dict[str, str]:
     """{'forget', 'retain', 'ra', 'wf'} -> data-set name. The forget set's slice is kept: `tofu_forget10[:40]` is evaluated
-    on `tofu_forget10_perturbed[:40]`. retain: in place of `retain_perturbed`. Raises DataError for any other set."""
-    parts = split_spec(forget)
+    on `tofu_forget10_perturbed[:40]`; files of one's own beside it (`tofu_forget10+more.jsonl`) are not evaluated. retain: in
+    place of `retain_perturbed`. Raises DataError for any other set."""
+    parts = benchmark_parts(forget)
     prefix = parts[0][0].split("_")[0]
     kind = rf"{prefix}_forget\d+(_perturbed)?"
     if prefix not in ("tofu", "toy") or not all(re.fullmatch(kind, name) for name, *_ in parts):
@@ -235,6 +245,36 @@ class Tofu(Benchmark):
     def aggregate(self, rows: Rows) -> dict[str, float]:
         return metrics.aggregate(rows, self.protocol.epsilon)
 
+    def with_language(
+        self, logs: dict[str, dict], load_retrained: Callable[[], Llama], tokenizer: Tokenizer
+    ) -> dict[str, dict]:
+        """Each log with the score `language` and in each forget row the `language_loss` of its generation, None where that
+        has no tokens (see `metrics`). Only in memory: a kept log holds what its own model decides."""
+
+        def example(item: dict, text: str) -> Example | None:
+            try:
+                return cut_to_total(tokenizer.encode(item["question"], text), self.protocol.max_total_tokens)
+            except DataError:  # it has no tokens
+                return None
+
+        rows = {name: log["rows"]["forget"] for name, log in logs.items()}
+        said = {name: {k: example(v, v["generation"]) for k, v in items.items()} for name, items in rows.items()}
+        true = [example(item, item["answer"]) for item in rows["retrained"].values()]
+        # Each once, so that the same answer has the same loss whoever gives it.
+        different = dict.fromkeys(e for e in itertools.chain(true, *(x.values() for x in said.values())) if e)
+        texts = {e: Text(str(i), e, token_losses) for i, e in enumerate(different)}
+        hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
+        found = {k: v for scores in score(load_retrained(), [*texts.values()], hidden_id) for k, v in scores.items()}
+        loss_of = dict[Example | None, float]()
+        for e, text in texts.items():
+            loss_of[e] = metrics.language_loss(found[text.key]["losses"], e.ids, e.prompt_length)
+        true_losses, judged = [loss_of[e] for e in true if e], {}
+        for name, log in logs.items():
+            items = {k: item | {"language_loss": loss_of.get(said[name][k])} for k, item in rows[name].items()}
+            share = metrics.language([(v["generation"], v["language_loss"]) for v in items.values()], true_losses)
+            judged[name] = log | {"scores": log["scores"] | {"language": share}, "rows": log["rows"] | {"forget": items}}
+        return judged
+
     def read_reference(self, path: str | Path) -> tuple[dict, str]:
         return logs.read_log(path, self.options.truth_ratio), str(path)
 
@@ -248,7 +288,7 @@ class Tofu(Benchmark):
             logs.save_open_unlearning(log["path"], "TOFU", logs.open_unlearning_eval(log, quality, retained))
         result: dict = {"forget_quality": quality, "forget_quality_log10": metrics.log10(quality)}
         result |= {"model_utility": scores["model_utility"], "parts": {k: scores[k] for k in UTILITY_PARTS}}
-        others = (*FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak")
+        others = ("language", *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak")
         return result | {k: scores[k] for k in others if k in scores}, where
 
     @staticmethod
@@ -266,8 +306,17 @@ class Tofu(Benchmark):
     def shown(item: dict) -> tuple[tuple[float, float], str, dict[str, str]]:
         rouge, probability = item["rouge"], metrics.probability(item["loss"])
         scores = f"ROUGE-L recall {rouge:.3f}, probability {probability:.3f}, truth ratio {item['truth_ratio']:.3f}"
+        if item.get("language_loss") is not None:
+            scores += f", language loss {item['language_loss']:.2f}"
         texts = {"question": item["question"], "reference": item["answer"], "generation": item["generation"]}
         return (rouge, -item["loss"]), scores, texts  # by ROUGE, then probability
+
+    @classmethod
+    def report(cls, summaries: dict[str, dict], found: str) -> str:
+        text = super().report(summaries, found)
+        if any("language" in summary for summary in summaries.values()):
+            return text
+        return f"{text}\nlanguage is absent: only the retrained model itself can judge the answers (--retain-model PATH)"
 
     @staticmethod
     def headline(summary: dict) -> str:
@@ -277,6 +326,7 @@ class Tofu(Benchmark):
     @staticmethod
     def cells(summary: dict) -> dict[str, str]:
         scores, quality = summary | summary["parts"], summary["forget_quality"]
-        names = ("forget_quality", "model_utility", *UTILITY_PARTS, *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak")
+        names = ("forget_quality", "model_utility", "language", *UTILITY_PARTS, *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP)
+        names += ("privleak",)
         cells = {name: "-" if scores[name] is None else f"{scores[name]:.4f}" for name in names if name in scores}
         return cells | ({"forget_quality": f"{quality:.2e}"} if quality is not None and quality < 0.01 else {})

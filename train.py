@@ -316,11 +316,11 @@ class Evaluations:
         """Raises where the target cannot be compared with the retrained model: now, not after the training."""
         self.benchmark, self.out, self.tokenizer = benchmark, out, source.tokenizer
         self.logs = {"target": self.score(model, "target", source.run)}
+        self.load_retrained: Callable[[], Llama] | None = None
         if config.retain_model:
             name = evaluation.resolve_model(config.retain_model, "target")
-            retrained = load_pretrained(name, device=model.device, compute_dtype=model.compute_dtype)
-            self.logs["retrained"] = self.score(retrained, "retrained", evaluation.run_folder(name))
-            del retrained
+            self.load_retrained = partial(load_pretrained, name, device=model.device, compute_dtype=model.compute_dtype)
+            self.logs["retrained"] = self.score(self.load_retrained(), "retrained", evaluation.run_folder(name))
         self.reference = benchmark.reference(config.model, config.retain_logs, self.logs.get("retrained"))
         benchmark.summary(self.logs["target"], *self.reference)
 
@@ -340,7 +340,10 @@ class Evaluations:
     def finish(self, model: Llama) -> dict:
         """Evaluates the end of the run and prints table and samples; returns what summary.json holds of all models."""
         self.logs["unlearned"] = self.score(model, "unlearned", self.out)
-        logs = self.logs = {k: self.logs[k] for k in ("target", "unlearned", "retrained") if k in self.logs}
+        logs: dict[str, dict] = {k: self.logs[k] for k in ("target", "unlearned", "retrained") if k in self.logs}
+        if self.load_retrained:
+            logs = self.benchmark.with_language(logs, self.load_retrained, self.tokenizer)
+        self.logs = logs
         summaries = {k: self.benchmark.summary(log, *self.reference) for k, log in logs.items()}
         *_, (_, against) = summaries.values()
         scores = {k: summary for k, (summary, _) in summaries.items()}

@@ -118,9 +118,8 @@ def padded(examples: list[data.Example]) -> data.Batch:
     T = max(len(e.ids) for e in examples) - 1
     input_ids = torch.tensor([[*e.ids[:-1]] + [0] * (T + 1 - len(e.ids)) for e in examples])
     at = [i * T + t for i, e in enumerate(examples) for t in range(e.prompt_length - 1, len(e.ids) - 1)]
-    targets = [t for e in examples for t in e.ids[e.prompt_length :]]
-    batch = data.Batch(input_ids, torch.arange(T)[None], torch.tensor(at), torch.tensor(targets), None, None)
-    return dataclasses.replace(batch, answer_lengths=tuple(e.answer_length for e in examples))
+    moved = {"input_ids": input_ids, "positions": torch.arange(T)[None], "at": torch.tensor(at), "lengths": None}
+    return dataclasses.replace(data.pack(examples), **moved)
 
 
 def our_step(args, variant: str):

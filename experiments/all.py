@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 # Later ones share runs of earlier ones.
-NAMES = ("baselines", "ablation", "beta", "failures", "stability", "filter", "muse_news")
+NAMES = ("baselines", "ablation", "beta", "failures", "stability", "anchored", "filter", "muse_news")
 
 
 def run_all() -> int:

@@ -1,4 +1,5 @@
-"""TOFU: does DiPO forget better than the baselines at the same utility? Forget 1, 5, 10 %; the same search for each method.
+"""TOFU: which method forgets best at the same utility, and does the model still speak? Forget 1, 5, 10 %; the same search
+for each method.
 
 python experiments/baselines.py --scale toy
 """
@@ -7,21 +8,27 @@ import statistics
 import sys
 
 from common import (
+    NEEDED,
+    SCALES,
     Lab,
     budget,
+    columns,
     describe,
     job,
     main,
     markdown,
+    measured,
     note,
     outcome,
     scatter,
-    share,
+    speaking,
     spell,
     spread,
     subplots,
     tune,
 )
+
+OURS = ("DiPO", "anchored DiPO")  # the paper's and this repository's
 
 
 def experiment(lab: Lab) -> None:
@@ -33,50 +40,60 @@ def experiment(lab: Lab) -> None:
         for forget in scale.forgets
         for name in scale.methods
     }
-    found = iter(lab.run([j for group in jobs.values() for j in group], "all seeds"))
+    found = iter(lab.run([j for group in jobs.values() for j in group], "all seeds", NEEDED))
     records = {key: [next(found) for _ in group] for key, group in jobs.items()}
-    text, (figure, axes) = "", subplots(1, len(scale.forgets), size=(5, 4.5))
-    for forget, axis in zip(scale.forgets, axes[0], strict=True):
-        bounds = [r for r in records[forget, "DiPO"] if "error" not in r]
-        outcomes = {name: [outcome(r) for r in records[forget, name]] for name in scale.methods}
-        rows = []
-        for label, name in (("original", "target"), ("retrained", "retrained")):
-            quality = [r[name]["forget_quality"] for r in bounds]
-            kept = [share(r[name], r) for r in bounds]
-            probability = [r[name]["forget_probability"] for r in bounds]
-            rows.append([label, spread(quality), "", spread(kept), spread(probability), ""])
-        held_out = [i for i, seed in enumerate(scale.seeds) if seed not in scale.tuning_seeds]
-        for name, points in outcomes.items():
-            quality, kept = zip(*points, strict=True)
-            probability = [r["unlearned"]["forget_probability"] for r in records[forget, name] if "error" not in r]
-            rows.append([
-                f"**{name}**" if name == "DiPO" else name, spread(quality),
-                spread([quality[i] for i in held_out]) if held_out else "", spread(kept),
-                spread(probability) if probability else "broke down", describe(chosen[name]),
-            ])  # fmt: skip
-        unseen = spell([scale.seeds[i] for i in held_out]) or "not searched on"
-        head = ["", "forget quality", f"on seeds {unseen}", "utility / target's", "forget answers' probability"]
-        text += f"**{forget}**\n\n" + markdown([*head, "chosen"], rows) + "\n\n"
-        short = markdown([forget, *head[1:]], [row[:-1] for row in rows])  # the last one, the largest, for the main README
-        text += paired("DiPO", "NPO+GD", outcomes)
-        scatter(axis, outcomes, f"{scale.name}, {forget}")
-    axes[0][-1].legend(fontsize=8)
+    held_out = [i for i, seed in enumerate(scale.seeds) if seed not in scale.tuning_seeds]
+    unseen = f"on seeds {spell([scale.seeds[i] for i in held_out]) or 'not searched on'}"
+    text, (figure, axes) = "", subplots(2, len(scale.forgets), size=(5, 4.2))
+    for forget, axis, below in zip(scale.forgets, *axes, strict=True):
+        runs = {name: records[forget, name] for name in scale.methods}
+        bounds = [r for r in runs["DiPO"] if "error" not in r]
+        rows = [
+            {"": label, "forget quality": "", unseen: ""} | columns(bounds, model) | {"chosen": ""}
+            for label, model in (("original", "target"), ("retrained", "retrained"))
+        ]
+        for name, group in runs.items():
+            label = f"**{name}**" if name in OURS else name
+            quality = [outcome(group[i])[0] for i in held_out]
+            rows.append(
+                {"": label, "forget quality": "", unseen: spread(quality) if quality else ""}
+                | columns(group) | {"chosen": describe(chosen[name])}
+            )  # fmt: skip
+        text += f"**{forget}**\n\n{markdown([*rows[0]], [[*row.values()] for row in rows])}\n\n"
+        kept = [head for head in rows[0] if head not in ("forget quality, trained wording", "chosen")]
+        short = markdown([forget, *kept[1:]], [[row[head] for head in kept] for row in rows])  # of the last, the largest
+        text += "".join(paired(*pair, runs) for pair in (("DiPO", "NPO+GD"), ("anchored DiPO", "NPO+GD"), OURS[::-1]))
+        scatter(axis, {name: [outcome(r) for r in group] for name, group in runs.items()}, f"{scale.name}, {forget}")
+        told = {name: speaking(group) for name, group in runs.items()}
+        level = measured(bounds, "language", "retrained")
+        scatter(below, told, "", "language (dotted: the retrained model's)", statistics.fmean(level) if level else None)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     text += f"{note(scale.seeds)} {budget(scale, scale.methods)}"
     lab.write(text, figure)
     (lab.folder / "tofu-short.md").write_text(f"{short}\n", encoding="utf-8")
+    picture, [[axis]] = subplots(1, 1, size=(7, 4.2))
+    line = statistics.fmean(level) if level else None
+    scatter(axis, told, f"{scale.name}, {forget}", "language (dotted: the retrained model's)", line)
+    picture.legend(loc="outside right center", fontsize=8)
+    picture.savefig(lab.folder / "tofu-language.png", dpi=110)
 
 
-def paired(ours: str, theirs: str, outcomes: dict[str, list[tuple[float, float]]]) -> str:
+def paired(ours: str, theirs: str, runs: dict[str, list[dict]]) -> str:
     """The mean difference between two methods on the same seeds, with its standard error."""
-    if len(outcomes[ours]) == 1:
+    if not {ours, theirs} <= runs.keys() or len(runs[ours]) == 1:
         return ""
+    scores = []
+    for name in (ours, theirs):
+        quality, share = zip(*map(outcome, runs[name]), strict=True)
+        scores.append({"forget quality": quality, "utility": share, "language": measured(runs[name], "language")})
     differences = []
-    for values in zip(*(zip(*outcomes[name], strict=True) for name in (ours, theirs)), strict=True):
-        each = [a - b for a, b in zip(*values, strict=True)]
-        differences.append(f"{statistics.fmean(each):+.2f} ± {statistics.stdev(each) / len(each) ** 0.5:.2f}")
-    quality, share = differences
-    return f"{ours} minus {theirs}, by seed (± standard error): forget quality {quality}, utility {share}.\n\n"
+    for label in scores[0]:
+        each = [a - b for a, b in zip(*(s[label] for s in scores), strict=False)]
+        if len(each) == len(runs[ours]):  # none of them broke down
+            error = statistics.stdev(each) / len(each) ** 0.5
+            differences.append(f"{label} {statistics.fmean(each):+.2f} ± {error:.2f}")
+    return f"{ours} minus {theirs}, by seed (± standard error): {', '.join(differences)}.\n\n"
 
 
 if __name__ == "__main__":
-    sys.exit(main("tofu", __doc__, experiment))
+    sys.exit(main("tofu", __doc__, experiment, tuple(SCALES)))

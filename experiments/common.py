@@ -7,6 +7,7 @@ that was stopped goes on where it was, and one that another experiment has run i
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import io
@@ -36,7 +37,7 @@ import train  # noqa: E402
 from bench.machine import pick_dtype  # noqa: E402
 from config import RUNS, make_config, versions  # noqa: E402
 from files import UserError, read_json, read_jsonl, write_json  # noqa: E402
-from metrics import require_extra  # noqa: E402
+from metrics import forget_quality, require_extra, truth_ratio  # noqa: E402
 from tofu import complement  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
@@ -55,6 +56,7 @@ class Method:
     retain_loss: str
     coefficient: str | None = None
     values: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()  # its own, in place of the scale's
 
 
 METHODS = {
@@ -65,7 +67,11 @@ METHODS = {
     "NPO+GD": Method("npo", "gd", "lam", (1.0, 5.0)),
     "SimNPO": Method("simnpo", "gd", "lam", (1.0, 8.0)),  # 8: open-unlearning's gamma 0.125
     "DPO": Method("dpo", "gd", "lam", (1.0, 5.0)),
+    "UNDIAL": Method("undial", "gd", "beta", (3.0, 10.0)),
+    "WGA": Method("wga", "gd", "lam", (1.0, 5.0)),
     "DiPO": Method("dipo", "dipo", "beta", (0.02, 0.05)),
+    "anchored NPO+GD": Method("anchored-npo", "gd", "kappa", (0.01, 0.02)),  # the control: anchored DiPO without DiPO
+    "anchored DiPO": Method("anchored", "anchored", "kappa", (0.01, 0.02)),
 }
 TABLE_5 = {
     "DiPO(f)": Method("dipo", "none", "beta", (0.02, 0.05)),
@@ -78,6 +84,7 @@ TABLE_5 = {
 
 def grid(method: Method, rates: tuple[float, ...]) -> list[dict[str, float]]:
     """The settings that are tried: every rate with both values. Without a coefficient as many, at twice as many rates."""
+    rates = method.rates or rates
     if method.coefficient is None:
         return [{"lr": float(f"{r:.2g}")} for rate in rates for r in (rate / math.sqrt(2), rate)]
     return [{"lr": rate, method.coefficient: value} for rate in rates for value in method.values]
@@ -172,21 +179,37 @@ def smollm2_device_flags() -> str:
     return f"--dtype {pick_dtype('auto', 'cuda' if GPU else 'cpu')[0]}{' --compile' if compiles else ''}"
 
 
-def smollm2_flags(forget: str, seed: int) -> list[str]:
+def smollm2_models(forget: str, seed: int, retain: str) -> str:
     flags = f"--model {smollm2_folder(f'{forget}-target')} --retain-model {smollm2_folder(f'{forget}-retrained')}"
-    flags += f" --forget tofu_{forget} --retain {smollm2_retain(forget)} --data-dir {SMOLLM2_DATA}"
-    flags += f" --seed {seed} --preset smollm2 {smollm2_device_flags()}"
-    flags += " --epochs 10" if GPU else " --batch-size 8 --eval-rows 40 --max-new-tokens 32"
-    return flags.split()
+    flags += f" --forget tofu_{forget} --retain {retain} --data-dir {SMOLLM2_DATA}"
+    return f"{flags} --seed {seed} --preset smollm2 {smollm2_device_flags()}"
 
 
-def prepare_smollm2(forget: str, seed: int) -> int:
+def smollm2_flags(forget: str, seed: int) -> list[str]:
+    more = "--epochs 10" if GPU else "--batch-size 8 --eval-rows 40 --max-new-tokens 32"
+    return f"{smollm2_models(forget, seed, smollm2_retain(forget))} {more}".split()
+
+
+def prepare_smollm2(forget: str, seed: int, retain: str | None = None) -> int:
     base, data = variable("DIPO_SMOLLM2", "SmolLM2-135M-Instruct"), link_smollm2_data()
     flags = f"--lr 5e-4 --epochs 6 --batch-size 16 --micro-batch-size 16 {smollm2_device_flags()}"
-    for name, rows in (("target", f"{smollm2_retain(forget)}+tofu_{forget}"), ("retrained", smollm2_retain(forget))):
+    retain = retain or smollm2_retain(forget)
+    for name, rows in (("target", f"{retain}+tofu_{forget}"), ("retrained", retain)):
         if status := finetune_once(smollm2_folder(f"{forget}-{name}"), base, rows, data, flags):
             return status
     return 0
+
+
+FORGET05_RETAIN = "tofu_retain95[:300]"
+
+
+def smollm2_forget05_flags(forget: str, seed: int) -> list[str]:
+    more = "--epochs 4 --batch-size 16 --eval-retain tofu_retain_perturbed[:50] --max-new-tokens 48"
+    return f"{smollm2_models(forget, seed, FORGET05_RETAIN)} {more}".split()
+
+
+def prepare_smollm2_forget05(forget: str, seed: int) -> int:
+    return prepare_smollm2(forget, seed, FORGET05_RETAIN)
 
 
 def llama_flags(forget: str, seed: int) -> list[str]:
@@ -204,10 +227,23 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
     methods={name: METHODS[name] for name in ("NPO+GD", "DiPO")},
     remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 40 questions a set, one seed.",
 )  # fmt: skip
+SMOLLM2_FORGET05 = dict(
+    forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
+    methods={
+        "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], rates=(2e-4,)),
+        "DiPO": dataclasses.replace(METHODS["DiPO"], rates=(4e-4,)),
+        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.005, 0.02), rates=(4e-4,)),
+    },
+    remark="A slice: 200 forget and 300 retain questions, 4 epochs, evaluated on 200 and 50 of them, one seed.",
+)  # fmt: skip
+SMOKE = {name: METHODS[name] for name in ("GA", "GradDiff", "NPO+GD", "DiPO", "anchored DiPO")}
 SCALES = {
-    "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True),
+    "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True, methods=SMOKE),
     "toy": Scale("toy", FORGETS, SEEDS, SEEDS[:2], (1e-4, 2e-4, 4e-4, 8e-4), toy_flags, prepare_toy),
     "smollm2": Scale("smollm2", flags=smollm2_flags, prepare=prepare_smollm2, **SMOLLM2),
+    "smollm2-forget05": Scale(
+        "smollm2-forget05", flags=smollm2_forget05_flags, prepare=prepare_smollm2_forget05, **SMOLLM2_FORGET05
+    ),
     "llama2-7b": Scale("llama2-7b", FORGETS, SEEDS[:3], SEEDS[:1], (5e-6, 1e-5, 2e-5), llama_flags, nothing),
 }
 
@@ -277,6 +313,8 @@ def do(item: Job, quiet: bool) -> dict:
     made["seconds"] = round(time.perf_counter() - began, 1)
     if "unlearned" in record:
         del record["model"]
+        for model, quality in trained_wording(out).items():
+            record[model]["forget_quality_trained"] = quality
     else:  # requests in sequence: the summary of each
         record = {"requests": record}
     if points := read_jsonl(out / "trajectory.jsonl"):
@@ -286,6 +324,21 @@ def do(item: Job, quiet: bool) -> dict:
 
 
 TRAJECTORY = ("epoch", "forget_quality", "model_utility", "forget_probability", "forget_truth_ratio")
+
+
+def trained_wording(out: Path) -> dict[str, float]:
+    """{model: forget quality} of a run on TOFU by the answers as they were trained, in place of their paraphrases: where it
+    is lower, memory remains in the wording. Of the models whose evaluation is kept in their run folder."""
+    config = read_json(out / "config.json")["config"]
+    folders = {"target": config["model"], "unlearned": out, "retrained": config["retain_model"]}
+    ratios = {}
+    for kept in out.glob("eval/final-*/log.json"):
+        for model, folder in folders.items():
+            path = Path(folder or "", "eval", kept.parent.name, "log.json")
+            if path.exists() and "forget" in (log := read_json(path))["rows"]:
+                items, epsilon = log["rows"]["forget"].values(), log["protocol"]["epsilon"]
+                ratios[model] = [truth_ratio(item["loss"], item["wrong_losses"], epsilon=epsilon) for item in items]
+    return {m: forget_quality(found, ratios["retrained"]) for m, found in ratios.items() if "retrained" in ratios}
 
 
 class Lab:
@@ -299,14 +352,22 @@ class Lab:
         made_by = versions() | {"machine": machine}
         write_json(self.folder / f"{self.name}.json", made_by | {"records": records})
 
-    def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
-        """The record of each job, in order. Prepares the models that the jobs need."""
+    def run(self, jobs: list[Job], what: str = "runs", needs: tuple[str, ...] = ()) -> list[dict]:
+        """The record of each job, in order. Prepares the models that the jobs need. needs: scores of the unlearned model; a
+        record without one of them is made again, if the job has a retrained model."""
+
+        def lacks(record: dict | None) -> bool:
+            return record is None or ("retrained" in record and not {*needs} <= record["unlearned"].keys())
+
         mine, others = {}, {}  # what this experiment has run, and what others of this scale
         for path in self.folder.glob("*.json"):
-            records = mine if path.stem == self.name else others
-            records |= read_json(path)["records"]
-        mine |= {j.line: others[j.line] for j in jobs if j.line in others and j.line not in mine}
-        todo = list({j.line: j for j in jobs if j.line not in mine}.values())
+            found = read_json(path)["records"]
+            if path.stem == self.name:
+                mine = found
+            else:
+                others |= {line: record for line, record in found.items() if lacks(others.get(line))}
+        mine |= {j.line: others[j.line] for j in jobs if j.line in others and lacks(mine.get(j.line))}
+        todo = list({j.line: j for j in jobs if lacks(mine.get(j.line))}.values())
         firsts = {j.seed: (j.forget, j.seed) for j in reversed(todo)}
         rest = {(j.forget, j.seed) for j in todo} - {*firsts.values()}
         for pairs in (firsts.values(), rest):  # a seed's first forget set makes its target model; no two at a time
@@ -355,7 +416,7 @@ class Planned(Exception):
 class Plan(Lab):
     """Prints commands in place of running them. What depends on results ends the list."""
 
-    def run(self, jobs: list[Job], what: str = "runs") -> list[dict]:
+    def run(self, jobs: list[Job], what: str = "runs", needs: tuple[str, ...] = ()) -> list[dict]:
         print(f"# {self.name}, {what}: {len(jobs)} runs")
         for j in jobs:
             print(f"python train.py {j.line}")
@@ -376,11 +437,38 @@ def _apply(function, arguments, quiet: bool):
 # -------------------------------------------------------------------------------------------------- choosing, tables, plots
 
 
-def outcome(record: dict) -> tuple[float, float]:
+def outcome(record: dict, model: str = "unlearned") -> tuple[float, float]:
     """(forget quality, model utility as a share of the target's); a run that broke down has neither."""
     if "error" in record:
         return 0.0, 0.0
-    return record["unlearned"]["forget_quality"], share(record["unlearned"], record)
+    return record[model]["forget_quality"], share(record[model], record)
+
+
+NEEDED = ("language", "forget_quality_trained")  # scores that older records do not have
+
+
+def measured(records: list[dict], key: str, model: str = "unlearned") -> list[float]:
+    """One score of the runs that did not break down and have it."""
+    found = [r[model] | r[model]["parts"] for r in records if "error" not in r]
+    return [f[key] for f in found if key in f]
+
+
+def columns(records: list[dict], model: str = "unlearned") -> dict[str, str]:
+    """{head: cell} of a table: a model's scores over the seeds."""
+    quality, kept = zip(*(outcome(r, model) for r in records), strict=True)
+
+    def cell(key: str, digits: int = 2) -> str:
+        found = measured(records, key, model)
+        return spread(found, digits) if found else ""
+
+    return {
+        "forget quality": spread(list(quality)),
+        "forget quality, trained wording": cell("forget_quality_trained"),
+        "utility / target's": spread(list(kept)),
+        "retain answers' probability": cell("retain_probability", 3),
+        "language": cell("language"),
+        "forget answers' probability": cell("forget_probability") or "broke down",
+    }
 
 
 def share(scores: dict, record: dict, key: str = "model_utility") -> float:
@@ -413,12 +501,16 @@ def tune(lab: Lab, methods: dict[str, Method]) -> dict[str, dict[str, float]]:
 
 def budget(scale: Scale, methods: dict[str, Method]) -> str:
     rates = ", ".join(f"{r:g}" for r in scale.rates)
-    lines = [f"{name}: {m.coefficient} {m.values[0]:g}, {m.values[1]:g}" for name, m in methods.items() if m.coefficient]
+    lines = [
+        f"{name}: {m.coefficient} {m.values[0]:g}, {m.values[1]:g}" + (f" at lr {spell(m.rates)}" if m.rates else "")
+        for name, m in methods.items() if m.coefficient
+    ]  # fmt: skip
+    start = f"Learning rates {rates} (a method without a coefficient: twice as many), times " if rates else ""
+    count = len(grid(next(iter(methods.values())), scale.rates))
     return (
-        f"Search: {2 * len(scale.rates)} settings a method, on {scale.forgets[-1]}, seeds {spell(scale.tuning_seeds)}. "
-        f"Learning rates {rates} (a method without a coefficient: twice as many), times {'; '.join(lines)}. Chosen is the "
-        f"setting with the highest mean forget quality among those that keep {KEEP:.0%} of the target's utility, or if none "
-        f"does, the one that keeps most. {scale.remark}".rstrip()
+        f"Search: {count} settings a method, on {scale.forgets[-1]}, seeds {spell(scale.tuning_seeds)}. "
+        f"{start}{'; '.join(lines)}. Chosen is the setting with the highest mean forget quality among those that keep "
+        f"{KEEP:.0%} of the target's utility, or if none does, the one that keeps most. {scale.remark}".rstrip()
     )
 
 
@@ -468,28 +560,46 @@ def subplots(*shape: int, size: tuple[float, float] = (4.5, 4.0)):
 FLOOR = 1e-12  # forget qualities below are drawn here
 
 
+OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "peru")  # C3 is nearly red
+
+
 def color(name: str, i: int) -> str:
-    return "black" if name == "DiPO" else f"C{i % 10}"
+    return {"DiPO": "black", "anchored DiPO": "red"}.get(name, OTHERS[i % len(OTHERS)])
 
 
-def scatter(axis, outcomes: dict[str, list[tuple[float, float]]], title: str) -> None:
-    """Forget quality (log axis) against the share of utility kept: small marks for seeds, large ones for their means."""
+def scatter(
+    axis, outcomes: dict[str, list[tuple[float, float]]], title: str,
+    against: str = "model utility / target's", line: float | None = KEEP,
+) -> None:  # fmt: skip
+    """Forget quality (log axis) against the share of utility kept, or another score with a line at a value of note: small
+    marks for seeds, large ones for their means."""
     for i, (name, points) in enumerate(outcomes.items()):
+        if not points:
+            continue
         quality, share = zip(*points, strict=True)
-        look = {"marker": "osD^vP*X<>"[i % 10], "color": color(name, i), "linestyle": "none"}
+        look = {"marker": "osD^vP*X<>hd"[i % 12], "color": color(name, i), "linestyle": "none"}
         axis.plot(share, [max(q, FLOOR) for q in quality], markersize=3, alpha=0.5, **look)
         means = statistics.fmean(share), max(statistics.fmean(quality), FLOOR)
         axis.plot(*means, markersize=9, label=name, **look)
     axis.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
-    axis.axvline(KEEP, color="gray", linewidth=0.8, linestyle=":")
-    axis.set(yscale="log", xlabel="model utility / target's", ylabel="forget quality", title=title)
+    if line is not None:
+        axis.axvline(line, color="gray", linewidth=0.8, linestyle=":")
+    axis.set(yscale="log", xlabel=against, ylabel="forget quality", title=title)
+
+
+def speaking(records: list[dict]) -> list[tuple[float, float]]:
+    """(forget quality, language) of each run that has both."""
+    return [pair for r in records for pair in zip(measured([r], "forget_quality"), measured([r], "language"), strict=False)]
 
 
 def note(seeds) -> str:
     return f"Mean ± standard deviation over seeds {spell(seeds)}." if len(seeds) > 1 else f"Seed {seeds[0]}."
 
 
-def main(name: str, doc: str, experiment: Callable[[Lab], None], scales: tuple[str, ...] = tuple(SCALES)) -> int:
+EVERYWHERE = ("smoke", "toy", "smollm2", "llama2-7b")
+
+
+def main(name: str, doc: str, experiment: Callable[[Lab], None], scales: tuple[str, ...] = EVERYWHERE) -> int:
     """The command line of one experiment."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="toy", choices=scales)

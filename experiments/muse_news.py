@@ -1,8 +1,9 @@
-"""MUSE News: growing forget sets (scalability) and one request after the other (sustainability), DiPO against NPO+GD.
+"""MUSE News: growing forget sets (scalability) and one request after the other (sustainability), DiPO against NPO+GD, and on
+the toy anchored DiPO beside them.
 
 python experiments/muse_news.py --scale toy
 
-The learning rate is searched on the first growing set, the same values for both methods: of those that keep 90 % of the
+The learning rate is searched on the first growing set, the same values for every method: of those that keep 90 % of the
 target's utility the one with PrivLeak nearest to zero; if none does, the one that keeps most.
 
 At toy scale the corpus is the toy authors in MUSE's layout (`toy_muse.py`), at smollm2 scale a slice of the real
@@ -42,7 +43,8 @@ from config import RUNS, Config
 from data import fingerprint
 from muse import load_muse
 
-SHOWN = ("DiPO", "NPO+GD")
+SHOWN = ("DiPO", "NPO+GD", "anchored DiPO")
+KAPPA = {"anchored DiPO": {"kappa": 0.02}}  # not searched
 SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", "PrivLeak": "privleak",
           "utility": "retain_knowmem_ROUGE"}  # fmt: skip
 RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "smollm2": (2e-4, 4e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
@@ -149,13 +151,17 @@ def kept_utility(record: dict) -> float:
 
 def experiment(lab: Lab) -> None:
     name = lab.scale.name
-    seeds, shown = lab.scale.seeds[:3], SHOWN[: 1 if lab.scale.small else 2]
+    seeds, shown = lab.scale.seeds[:3], SHOWN[: {"smoke": 1, "toy": 3}.get(name, 2)]
     prepare = PREPARE.get(name, lab.scale.prepare)
     lab.scale = scale = dataclasses.replace(lab.scale, flags=FLAGS[name], prepare=prepare)
     growing = [f"--scal {k}" for k in range(1, 1 + SIZES.get(name, 4))]
     sequence = [] if name in ALONE else ["--sust"]
     chosen = {}
-    tried = {(m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr}) for m in shown for lr in RATES[name]}
+    tried = {
+        (m, lr): job(scale, growing[0], seeds[0], METHODS[m], {"lr": lr} | KAPPA.get(m, {}))
+        for m in shown
+        for lr in RATES[name]
+    }
     found = dict(zip(tried, lab.run([*tried.values()], "search"), strict=True))
     for m in shown:
         scores = {}
@@ -164,7 +170,7 @@ def experiment(lab: Lab) -> None:
             scores[kept >= KEEP, -abs(found[m, lr]["unlearned"]["privleak"]) if kept >= KEEP else kept] = lr
         chosen[m] = scores[max(scores)]
     jobs = {
-        (m, request, seed): job(scale, request, seed, METHODS[m], {"lr": chosen[m]})
+        (m, request, seed): job(scale, request, seed, METHODS[m], {"lr": chosen[m]} | KAPPA.get(m, {}))
         for m in shown
         for request in [*growing, *sequence]
         for seed in seeds

@@ -13,6 +13,7 @@ from common import FLOOR, KEEP, Lab, color, describe, job, main, markdown, note,
 
 from metrics import oscillation
 
+METHODS = ("GA", "GradDiff", "KL", "NPO", "NPO+GD", "SimNPO", "DPO", "DiPO")  # anchored DiPO is in anchored.py
 SHOWN = ("DiPO", "NPO+GD", "GradDiff")  # in the plot's first column
 SEEDS = {"DiPO": 3, "NPO+GD": 3}  # the others have one, for time
 
@@ -20,7 +21,7 @@ SEEDS = {"DiPO": 3, "NPO+GD": 3}  # the others have one, for time
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     forget = scale.forgets[-1]
-    methods = {name: scale.methods[name] for name in (SHOWN if scale.small else scale.methods)}
+    methods = {name: scale.methods[name] for name in (SHOWN if scale.small else METHODS) if name in scale.methods}
     chosen = tune(lab, methods)
     epochs = 2 if scale.small else 50 if scale.name == "toy" else 20
     more = f"--epochs {epochs} --eval-every 1"

@@ -313,26 +313,31 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
 
 @st.composite
 def some_examples(draw) -> list[Example]:
-    """Token ids from a tiny vocabulary, so that any token is also EOS, and the one that is hidden."""
+    """Token ids from a tiny vocabulary, so that any token is also EOS, and the one that is hidden; memory marked in some."""
     ids = st.lists(st.integers(0, 3), min_size=2, max_size=9)
-    sequences = draw(st.lists(ids, min_size=1, max_size=7))
-    return [Example(f"x/{i}", tuple(s), draw(st.integers(1, len(s) - 1))) for i, s in enumerate(sequences)]
+    found = []
+    for i, s in enumerate(draw(st.lists(ids, min_size=1, max_size=7))):
+        prompt_length = draw(st.integers(1, len(s) - 1))
+        memory = draw(st.none() | st.tuples(*[st.booleans()] * (len(s) - prompt_length)))
+        found.append(Example(f"x/{i}", tuple(s), prompt_length, memory))
+    return found
 
 
-def sequences(batch: data.Batch) -> list[tuple[list, list, list, list]]:
-    """(tokens, positions, where an answer token is predicted, targets) of each sequence, told apart by length alone."""
+def sequences(batch: data.Batch) -> list[tuple[list, list, list, list, list]]:
+    """(tokens, positions, where an answer token is predicted, targets, memory) of each sequence, told apart by length
+    alone."""
     by_token = zip(*(x[0].split(batch.lengths) for x in (batch.input_ids, batch.positions)), strict=True)
-    by_answer = zip(*(x.split(batch.answer_lengths) for x in (batch.at, batch.targets)), strict=True)
+    by_answer = zip(*(x.split(batch.answer_lengths) for x in (batch.at, batch.targets, batch.memory)), strict=True)
     found, start = [], 0
-    for (ids, positions), (at, targets) in zip(by_token, by_answer, strict=True):
-        found.append((ids.tolist(), positions.tolist(), (at - start).tolist(), targets.tolist()))
+    for (ids, positions), (at, targets, memory) in zip(by_token, by_answer, strict=True):
+        found.append((ids.tolist(), positions.tolist(), (at - start).tolist(), targets.tolist(), memory.tolist()))
         start += len(ids)
     return found
 
 
 @given(some_examples())
 def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
-    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets in sequences(data.pack(examples))]
+    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets, _ in sequences(data.pack(examples))]
     assert found == [(e.ids, e.prompt_length) for e in examples]
 
 
@@ -341,12 +346,20 @@ def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
 def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apart_by_length(examples):
     batch = data.pack(examples)
     assert batch.input_ids.shape == batch.positions.shape == (1, sum(batch.lengths))
-    assert batch.at.shape == batch.targets.shape == (sum(batch.answer_lengths),)
+    assert batch.at.shape == batch.targets.shape == batch.memory.shape == (sum(batch.answer_lengths),)
     assert batch.lengths == tuple(len(e.ids) - 1 for e in examples)
     assert batch.answer_lengths == tuple(e.answer_length for e in examples)
-    for e, (ids, positions, at, targets) in zip(examples, sequences(batch), strict=True):
+    for e, (ids, positions, at, targets, _) in zip(examples, sequences(batch), strict=True):
         assert (*ids, targets[-1]) == e.ids and positions == list(range(len(ids)))
         assert at == list(range(e.prompt_length - 1, len(ids))) and [e.ids[i + 1] for i in at] == targets
+
+
+@given(some_examples(), st.none() | st.integers(0, 3))
+def test_memory_flags_stand_at_their_tokens_and_none_marked_is_all_of_them(examples, hidden):
+    batch = data.pack(examples, hidden)
+    assert batch.memory.dtype == torch.bool
+    for e, (*_, memory) in zip(examples, sequences(batch), strict=True):
+        assert memory == [True] * e.answer_length if e.memory is None else tuple(memory) == e.memory
 
 
 @given(some_examples(), st.integers(0, 3))
@@ -354,7 +367,7 @@ def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examp
     """Where the first answer token is predicted from it, and in the answer, it stays."""
     whole, batch = data.pack(examples), data.pack(examples, hidden)
     assert torch.equal(batch.targets, whole.targets) and batch.answer_lengths == whole.answer_lengths
-    for e, (ids, positions, at, targets) in zip(examples, sequences(batch), strict=True):
+    for e, (ids, positions, at, targets, _) in zip(examples, sequences(batch), strict=True):
         before_last = range(e.prompt_length - 1)
         assert set(range(len(e.ids) - 1)) - set(positions) == {i for i in before_last if e.ids[i] == hidden}
         assert positions == sorted(set(positions)) and ids == [e.ids[i] for i in positions]
@@ -374,7 +387,7 @@ def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
 def test_a_batch_moves_as_a_whole():
     moved = data.pack([Example("x/0", (1, 2, 3), 1)]).to("meta")
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 4 and all(t.is_meta for t in tensors)
+    assert len(tensors) == 5 and all(t.is_meta for t in tensors)
     assert (moved.lengths, moved.answer_lengths) == ((2,), (2,))
     assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths"}
 

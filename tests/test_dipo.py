@@ -3,6 +3,7 @@
 B sequences, T positions, V vocabulary throughout. w and l are the preferred and the dispreferred distribution.
 """
 
+import functools
 import itertools
 import math
 import shutil
@@ -25,6 +26,7 @@ from model import Llama, LlamaConfig
 FILTERS = st.sampled_from(dipo.FILTERS)
 ROLES = st.sampled_from(dipo.ROLES)
 BETAS = st.floats(0.01, 2.0)
+KAPPAS = st.sampled_from([0.0, 0.02, 0.5, 3.0])
 FRACTIONS = st.sampled_from([0.01, 0.05, 0.1, 0.2, 0.5, 1.0])
 SOURCES = st.sampled_from(["policy", "reference"])
 VOCABULARIES = st.sampled_from([1, 2]) | st.integers(3, 60)
@@ -46,6 +48,16 @@ def cases(draw, dtype=torch.float64, largest=1e4, vocabulary=VOCABULARIES):
 
 
 MODERATE = cases(largest=10.0)  # where no probability underflows
+
+
+@st.composite
+def marked(draw, **options):
+    """A case with memory positions: (logits, ref_logits, mask, memory [B, T]); none, some or all of them, in padding too."""
+    z, z_ref, mask = draw(cases(**options))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return z, z_ref, mask, torch.rand(mask.shape, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+
+
 ANY_MASK = torch.tensor([[True]])
 
 
@@ -215,9 +227,15 @@ def test_everything_is_finite_for_extreme_logits(values, dtype, masked):
     z_ref, mask = z.flip(1), torch.tensor([[True, not masked]])
     assert dipo.sequence_kl(*log_softmax(z, z_ref), mask).isfinite().all()
     for role in dipo.ROLES:
-        loss = dipo.bradley_terry_loss(dipo_margin(z, z_ref, mask, role)[0])
-        assert loss.isfinite().all() and (loss >= 0).all()
+        losses = dipo.bradley_terry_loss(dipo_margin(z, z_ref, mask, role)[0])
+        assert losses.isfinite().all() and (losses >= 0).all()
         assert gradient(lambda x, r=role: dipo.bradley_terry_loss(dipo_margin(x, z_ref, mask, r)[0]), z).isfinite().all()
+    z, z_ref, mask = torch.cat([z, z_ref]), torch.cat([z_ref, z]), mask.repeat(2, 1)  # an even number, for refusals
+    targets, memory = targets_for(mask, len(values)), mask & torch.tensor([True, False])
+    for name, row in dipo.LOSSES.items():
+        for role in row.roles:
+            f = functools.partial(loss, name, mask=mask, targets=targets, z_ref=z_ref, role=role, memory=memory)
+            assert f(z).isfinite().all() and gradient(f, z).isfinite().all()
 
 
 def test_zero_times_minus_infinity_is_zero():
@@ -905,28 +923,247 @@ def test_dipo_saturates_where_gradient_ascent_is_unbounded(case, seed):
     close(gradient(ascent_loss, z + far * forgotten).abs().sum((-1, -2)), 2 * n.double())
 
 
+# ----------------------------------------------------------------------------------------------- anchored DiPO (ours)
+
+
+def anchored(z, z_ref, mask, memory=None, role="forget", **options):
+    """(losses [B], u [B]) of anchored DiPO."""
+    options |= {"role": role, "memory": memory}
+    return dipo.sequence_losses("anchored", z, mask, ref_logits=z_ref, **options)[:2]
+
+
+def anchor_target(z_ref, memory, role, **pair):
+    """log pi*: pi_f of the reference's pair at memory positions of forget data, pi_ref everywhere else."""
+    forgetting = dipo.preference_pair(z_ref, **pair)[1]
+    return torch.where((memory & (role == "forget"))[..., None], forgetting, z_ref).log_softmax(-1)
+
+
+def anchor_of(z, z_ref, memory, role):
+    """kappa's factor, at each position [B, T]."""
+    return dipo.position_terms("anchored", role, dipo.Objective("anchored"), z, z_ref, memory=memory)[3]
+
+
+@given(marked(), ROLES, SOURCES, st.fixed_dictionaries({"alpha": st.floats(0.1, 2.0), "p": FRACTIONS, "filter": FILTERS,
+                                                        "center": st.booleans()}), BETAS, KAPPAS)  # fmt: skip
+@claim("anchored DiPO is Eq. 14 on memory positions (all, on retain data) + kappa D_SeqKL(pi*||pi_theta) on every one")
+def test_anchored_dipo_is_eq_14_on_memory_positions_and_an_anchor_on_all(case, role, pair_from, pair, beta, kappa):
+    """pi*: pi_f of the reference's pair at memory positions of forget data, pi_ref elsewhere. The pair is the reference's
+    unless the policy's is asked for; no memory positions named is all of them; a mean is over all answer tokens."""
+    z, z_ref, mask, memory = case
+    if role == "retain":
+        assert torch.equal(anchored(z, z_ref, mask, memory, role)[0], anchored(z, z_ref, mask, None, role)[0])
+    source, where = z if pair_from == "policy" else z_ref, mask & (memory | (role == "retain"))
+    w, l = log_softmax(*pair_for(role, *dipo.preference_pair(source, **pair)))  # noqa: E741
+    u = dipo.reward_margin(*log_softmax(z, z_ref), w, l, where, beta)
+    anchor = dipo.sequence_kl(anchor_target(z_ref, memory, role, **pair), *log_softmax(z), mask)
+    given_options = {"beta": beta, "kappa": kappa} | pair | ({"pair_from": "policy"} if pair_from == "policy" else {})
+    named = None if memory[mask].all() else memory
+    losses, margins = anchored(z, z_ref, mask, named, role, **given_options)
+    close(margins, u, z)
+    close(losses, torch.logaddexp(torch.zeros_like(u), -u) + kappa * anchor, z)
+    losses, margins = anchored(z, z_ref, mask, memory, role, **given_options, reduction="mean")
+    n = mask.sum(-1).clamp(min=1)
+    close(losses, torch.logaddexp(torch.zeros_like(u), -u / n) + kappa * anchor / n, z)
+
+
+@given(cases(), ROLES, FILTERS, BETAS, st.sampled_from(["sum", "mean"]), st.booleans())
+@claim("anchored with kappa = 0, every position memory and the policy's pair is the paper's loss, bit for bit")
+def test_without_anchor_selection_and_fixed_pair_it_is_the_papers_loss(case, role, filter, beta, reduction, named):
+    z, z_ref, mask = case
+    options = {"beta": beta, "filter": filter, "reduction": reduction}
+    memory, ours = torch.ones_like(mask) if named else None, {"kappa": 0.0, "pair_from": "policy"}
+
+    def papers_loss(x):
+        return loss("dipo", x, mask, z_ref=z_ref, role=role, **options)
+
+    def our_loss(x):
+        return anchored(x, z_ref, mask, memory, role, **options, **ours)[0]
+
+    assert torch.equal(our_loss(z), papers_loss(z)) and torch.equal(gradient(our_loss, z), gradient(papers_loss, z))
+
+
+@given(marked(largest=100.0), ROLES, st.floats(1.0, 1e9))
+@claim("kappa -> infinity, and beta -> 0, leave sum_t KL(pi*||pi_theta): a distillation to pi*")
+def test_a_large_kappa_and_a_small_beta_leave_the_distillation(case, role, kappa):
+    """(loss - kappa D) / kappa is at most (|u| + log 2) / kappa; loss - kappa D - log 2 at most |u|, which beta scales."""
+    z, z_ref, mask, memory = case
+    distance = dipo.sequence_kl(anchor_target(z_ref, memory, role), *log_softmax(z), mask)
+    losses, u = anchored(z, z_ref, mask, memory, role, kappa=kappa)
+    assert ((losses / kappa - distance).abs() <= (u.abs() + math.log(2)) / kappa + 1e-9 * (1 + distance)).all()
+    losses, _ = anchored(z, z_ref, mask, memory, role, beta=0.05 / kappa, kappa=1.0)
+    assert ((losses - distance - math.log(2)).abs() <= u.abs() / kappa + 1e-9 * (1 + distance)).all()
+
+
+@given(marked(), ROLES, SOURCES, BETAS, KAPPAS)
+@claim("anchored: dL/dz_t = -beta sigmoid(-u) (pi_w - pi_l)_t [t in M, or retain] + kappa (pi_theta - pi*)_t, no other one")
+def test_the_gradient_of_anchored_dipo_is_the_closed_form(case, role, pair_from, beta, kappa):
+    """None reaches the reference. At positions that are no memory the margin's part is exactly zero."""
+    z, z_ref, mask, memory = case
+    w, l = log_softmax(*pair_for(role, *dipo.preference_pair(z if pair_from == "policy" else z_ref)))  # noqa: E741
+    x, ref = z.clone().requires_grad_(), z_ref.clone().requires_grad_()
+    losses, u = anchored(x, ref, mask, memory, role, beta=beta, kappa=kappa, pair_from=pair_from)
+    losses.sum().backward()
+    moved = (mask & (memory | (role == "retain")))[..., None]
+    margins = -beta * torch.sigmoid(-u.detach())[:, None, None] * (w.exp() - l.exp()) * moved
+    anchors = kappa * (z.softmax(-1) - anchor_target(z_ref, memory, role).exp()) * mask[..., None]
+    assert_close(x.grad, margins + anchors, rtol=1e-6, atol=1e-9)
+    assert ref.grad is None
+    if kappa == 0:
+        assert (x.grad[~moved[..., 0]] == 0).all()
+
+
+@given(marked(largest=100.0), ROLES, BETAS, st.floats(-50, 50))
+@claim("at pi_theta = pi* the anchor and its gradient are zero and u >= 0; what is left to move falls like exp(-u)")
+def test_at_the_fixed_point_only_the_part_that_saturates_is_left(case, role, beta, shift):
+    """u >= 0 there: with z = z_ref - alpha m in M and z_ref elsewhere it is a sum of alpha <pi_m - pi_f, m>, which is the
+    growth of the derivative of a convex log Z(s) = logsumexp(z_ref + s m) from s = -alpha to alpha. On retain data pi* is
+    the reference, where u = 0."""
+    z_ref, mask, memory = case[1:]
+    target = anchor_target(z_ref, memory, role)
+    z = target + shift
+    assert anchor_of(z, z_ref, memory, role).abs().max() < 1e-10
+    assert gradient(lambda x: anchor_of(x, z_ref, memory, role), z).abs().max() < 1e-12
+    losses, u = anchored(z, z_ref, mask, memory, role, beta=beta)
+    assert (u >= -1e-9).all() and (role == "forget" or u.abs().max() < 1e-9)
+    left = gradient(lambda x: anchored(x, z_ref, mask, memory, role, beta=beta)[0], z).abs().amax((-1, -2))
+    assert (left <= beta * (-u).exp() + 1e-12).all()
+    close(losses, dipo.bradley_terry_loss(u), z)
+
+
+@given(marked(), marked(), ROLES, st.floats(0, 1), KAPPAS)
+@claim("with the reference's pair u is linear and the loss convex in z: one minimum; with the policy's neither holds")
+def test_with_a_fixed_pair_the_margin_is_linear_and_the_loss_convex(case, other, role, a, kappa):
+    """Between any two policies. The counterexample is of one position and two tokens: the policy's pair changes sides
+    halfway, so that u is 0 there, and above it at both ends."""
+    z, z_ref, mask, memory = case
+    z2 = other[0].flatten()[torch.arange(z.numel()) % other[0].numel()].view_as(z)
+    one, two, mixed = (anchored(x, z_ref, mask, memory, role, kappa=kappa) for x in (z, z2, a * z + (1 - a) * z2))
+    close(mixed[1], a * one[1] + (1 - a) * two[1], z, z2, z_ref)
+    size = max(1.0, *(x.abs().max().item() for x in (z, z2, z_ref)))
+    assert (mixed[0] <= a * one[0] + (1 - a) * two[0] + 1e-10 * size).all()
+    ends = torch.tensor([[[4.0, 1.0]], [[1.0, 4.0]]], dtype=torch.float64)  # as logits of two policies
+    line, start = torch.cat([ends, ends.mean(0, keepdim=True)]), torch.full((3, 1, 2), 2.5, dtype=torch.float64)
+    losses, (u_one, u_two, u_half) = anchored(line, start, torch.ones(3, 1, dtype=torch.bool), pair_from="policy", kappa=0.0)
+    assert u_half.abs() < 1e-12 and u_one < -0.01 and u_two < -0.01
+    losses, _ = anchored(line, start, torch.ones(3, 1, dtype=torch.bool), role="retain", pair_from="policy", kappa=0.0)
+    assert losses[2] > losses[:2].mean() + 0.01
+
+
+@claim("a position that has exchanged A for B: the policy's pair pushes B down next and A up, the reference's goes on")
+def test_the_policys_pair_unforgets_what_the_references_has_forgotten():
+    """The seed of the trouble. The reference is sure of A; by now the policy says B. Descent raises what has a negative
+    gradient. The margin tells it, too: the policy's pair holds the exchange for a loss, the reference's for a gain."""
+    z_ref = torch.tensor([[[6.0, 3.0, 1.0, 0.0]]], dtype=torch.float64)  # A, B, two others
+    z = torch.tensor([[[2.0, 6.0, 1.0, 0.0]]], dtype=torch.float64)
+    for name, pair_from, sign in (("dipo", "policy", 1), ("dipo", "reference", -1), ("anchored", None, -1)):
+        of_a, of_b, *_ = gradient(lambda x: loss(name, x, ANY_MASK, z_ref=z_ref, pair_from=pair_from, kappa=0.0), z)[0, 0]  # noqa: B023
+        assert sign * of_b > 0.01 and sign * of_a < -0.01
+        u = dipo.sequence_losses(name, z, ANY_MASK, ref_logits=z_ref, pair_from=pair_from)[1]
+        assert sign * u < -0.1
+
+
+@claim("descent to the end: the paper's loss makes one position uniform and pushes on; anchored stops near pi_f")
+def test_descent_ends_in_noise_with_the_policys_pair_and_beside_pi_f_with_the_anchor():
+    """Where it stops the gradient's closed form is zero: pi_theta - pi_f = (beta / kappa) sigmoid(-u) (pi_f - pi_m)."""
+    z_ref = torch.tensor([[[6.0, 3.0, 1.0, 0.0, -1.0]]], dtype=torch.float64)
+    memory, forgetting = (x.softmax(-1) for x in dipo.preference_pair(z_ref))
+
+    def descend(f, rate, steps):
+        z = z_ref
+        for _ in range(steps):
+            g = gradient(f, z)
+            z = z - rate * g
+        return z.softmax(-1), g.abs().max()
+
+    found, push = descend(lambda x: loss("dipo", x, ANY_MASK, z_ref=z_ref), 5.0, 1000)
+    assert (found - 1 / 5).abs().max() < 0.03 and push > 0.01
+    found, push = descend(lambda x: anchored(x, z_ref, ANY_MASK)[0], 100.0, 2000)
+    _, u = anchored(found.log(), z_ref, ANY_MASK)
+    assert push < 1e-6 and (found - forgetting).abs().max() < 0.05
+    assert_close(found - forgetting, 0.05 / 0.02 * torch.sigmoid(-u) * (forgetting - memory), atol=1e-4, rtol=0)
+
+
+@given(marked(largest=10.0), BETAS, KAPPAS)
+@claim("the control is NPO of the memory positions' likelihood + kappa KL(pi_ref||pi_theta) on all others")
+def test_anchored_npo_is_npo_on_memory_positions_and_an_anchor_elsewhere(case, beta, kappa):
+    """NPO's published form, 2/beta log(1 + (pi/pi_ref)^beta). Where every position is memory it is NPO, and no anchor."""
+    z, z_ref, mask, memory = case
+    targets, ref = targets_for(mask, z.shape[-1]), z_ref.clone().requires_grad_()
+    p, p_ref = ((-nll(x, targets, mask & memory)).exp() for x in (z, z_ref))
+    anchor = dipo.sequence_kl(*log_softmax(z_ref, z), mask & ~memory)
+    x = z.clone().requires_grad_()
+    losses = loss("anchored-npo", x, mask, targets, ref, memory=memory, beta=beta, kappa=kappa)
+    close(losses, 2 / beta * torch.log1p((p / p_ref) ** beta) + kappa * anchor, z)
+    losses.sum().backward()
+    assert ref.grad is None
+    npo = loss("npo", z, mask, targets, z_ref, beta=beta)
+    for every in (None, torch.ones_like(mask)):
+        assert torch.equal(loss("anchored-npo", z, mask, targets, z_ref, memory=every, beta=beta, kappa=kappa), npo)
+
+
+@given(MODERATE, st.floats(0.0, 20.0))
+@claim("UNDIAL is the cross-entropy with softmax(z_ref - beta at the answer's token), without padding", "UNDIAL")
+def test_undial_is_the_cross_entropy_with_the_references_lowered_distribution(case, beta):
+    """dL/dz = pi_theta - that distribution; at beta = 0 the reference itself: nothing moves where the policy is there."""
+    z, z_ref, mask = case
+    targets, ref = targets_for(mask, z.shape[-1]), z_ref.clone().requires_grad_()
+    answer = F.one_hot(targets, z.shape[-1]).to(z.dtype)
+    lowered = (z_ref - beta * answer).softmax(-1)
+    rows = F.cross_entropy(z.flatten(0, 1), lowered.flatten(0, 1), reduction="none").view(mask.shape)
+    x = z.clone().requires_grad_()
+    losses = loss("undial", x, mask, targets, ref, beta=beta)
+    close(losses, (rows * mask).sum(-1), z)
+    losses.sum().backward()
+    assert ref.grad is None
+    close(x.grad, (z.softmax(-1) - lowered) * mask[..., None], z)
+    garbage = torch.where(mask[..., None], z, 1e4)
+    assert torch.equal(loss("undial", garbage, mask, targets, z_ref, beta=beta), losses.detach())
+    assert (lowered <= z_ref.softmax(-1) + 1e-12)[answer.bool()].all()  # the answer is lowered, not raised
+    still = gradient(lambda x: loss("undial", x, mask, targets, z_ref, beta=0.0), z_ref)
+    assert still.abs().max() < 1e-12
+    assert torch.equal(loss("undial", z, mask, targets, z_ref), loss("undial", z, mask, targets, z_ref, beta=10.0))
+
+
+@given(MODERATE, st.floats(0.0, 5.0))
+@claim("WGA's gradient is gradient ascent's, each token's times p^beta; beta = 0 is gradient ascent", "WGA")
+def test_wga_is_ascent_weighted_by_the_tokens_own_probability(case, beta):
+    """The weight is a constant: no gradient flows through it."""
+    z, _, mask = case
+    targets = targets_for(mask, z.shape[-1])
+    p = z.softmax(-1).gather(-1, targets[..., None])
+    ascent = gradient(lambda x: loss("ga", x, mask, targets), z)
+    close(gradient(lambda x: loss("wga", x, mask, targets, beta=beta), z), p**beta * ascent, z)
+    close(loss("wga", z, mask, targets, beta=beta), ((p**beta * p.log())[..., 0] * mask).sum(-1), z)
+    assert torch.equal(loss("wga", z, mask, targets, beta=0.0), loss("ga", z, mask, targets))
+    assert torch.equal(loss("wga", z, mask, targets), loss("wga", z, mask, targets, beta=1.0))
+
+
 # ------------------------------------------------------------------------------------------------- the table of losses
 
 
 @pytest.mark.parametrize("name", dipo.LOSSES)
 @settings(max_examples=40)
-@given(cases(largest=100.0), ROLES, BETAS, st.booleans(), st.integers(0, 2**31))
+@given(marked(largest=100.0), ROLES, BETAS, KAPPAS, st.booleans(), st.integers(0, 2**31))
 @claim("a loss of whole sequences is that of sums of its terms, computed wherever the positions stand", "Eq. 14")
-def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
-    """Positions of all sequences in any order and in two pieces; what is masked is not even looked at."""
-    z, z_ref, mask = (torch.cat([x, x.flip(1)]) for x in case)  # an even number of sequences, for those with a refusal
-    targets, objective = targets_for(mask, z.shape[-1]), dipo.Objective(name, beta=beta, reduction=("sum", "mean")[mean])
+def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, kappa, mean, seed):
+    """Positions of all sequences in any order and in two pieces; what is masked is not even looked at. No memory positions
+    named is all of them."""
+    # an even number of sequences, for those with a refusal
+    z, z_ref, mask, memory = (torch.cat([x, x.flip(1)]) for x in case)
+    options = {"beta": beta, "kappa": kappa, "reduction": ("sum", "mean")[mean]}
+    targets, objective = targets_for(mask, z.shape[-1]), dipo.Objective(name, **options)
+    named = None if memory[mask].all() else memory
     losses, margins, swapped = dipo.sequence_losses(
-        name, z, mask, ref_logits=z_ref, targets=targets, role=role, beta=beta, reduction=objective.reduction
+        name, z, mask, ref_logits=z_ref, targets=targets, role=role, memory=named, **options
     )
     order = torch.randperm(int(mask.sum()), generator=torch.Generator().manual_seed(seed))
     rows = mask.nonzero()[:, 0][order]
-    inputs = [x[mask][order] for x in (z, z_ref, targets)]
+    inputs = [x[mask][order] for x in (z, z_ref, targets, memory)]
     pieces = zip(*(x.tensor_split(2) for x in inputs), strict=True)
     found = [dipo.position_terms(name, role, objective, *piece) for piece in pieces]
-    terms, nll_of, swapped_of = (torch.cat(x) for x in zip(*found, strict=True))
-    sums = torch.zeros(len(mask), dtype=z.dtype).index_add(0, rows, terms)
-    others, other_margins = dipo.losses_of_sums(name, objective, sums, mask.sum(-1).tolist())
+    terms, nll_of, swapped_of, anchor = (torch.cat(x) for x in zip(*found, strict=True))
+    sums, anchors = (torch.zeros(len(mask), dtype=z.dtype).index_add(0, rows, x) for x in (terms, anchor))
+    others, other_margins = dipo.losses_of_sums(name, objective, sums, mask.sum(-1).tolist(), anchors)
     close(losses, others, z)
     assert (margins is None) == (other_margins is None) == (dipo.LOSSES[name].loss is None)
     if margins is not None:
@@ -934,51 +1171,42 @@ def test_the_two_forms_of_a_loss_are_one(name, case, role, beta, mean, seed):
     assert swapped.sum() == swapped_of.sum() and (swapped_of.any() <= dipo.LOSSES[name].pair)
     expected = F.cross_entropy(inputs[0], inputs[2], reduction="none")
     close(nll_of, expected, z)
-    assert not nll_of.requires_grad and nll_of.shape == swapped_of.shape == terms.shape and swapped_of.dtype == torch.bool
+    assert anchor.any() <= dipo.LOSSES[name].anchored and (anchor >= -1e-12).all()
+    assert nll_of.shape == swapped_of.shape == anchor.shape == terms.shape
+    assert not nll_of.requires_grad and swapped_of.dtype == torch.bool
     assert dipo.position_terms("kl", role, objective, z, z_ref)[1].abs().max() == 0  # no targets
-    if name in ("npo", "simnpo", "dpo", "ga", "gd"):  # a part of the loss, and not computed again
+    if name in ("npo", "anchored-npo", "simnpo", "dpo", "ga", "wga", "gd"):  # a part of the loss, and not computed again
         assert dipo.LOSSES[name].term(dipo.Positions(z, z_ref, targets, role, beta), objective).nll is not None
 
 
 @pytest.mark.parametrize("name", dipo.LOSSES)
 @settings(max_examples=25)
-@given(cases(largest=100.0), ROLES, st.sampled_from([torch.bfloat16, torch.float16]))
-def test_every_row_computes_in_float32_trains_no_reference_and_says_what_it_needs(name, case, role, dtype):
-    z, z_ref, mask = (torch.cat([x, x.flip(1)]) for x in case)
+@given(marked(largest=100.0), ROLES, SOURCES, st.sampled_from([torch.bfloat16, torch.float16]))
+def test_every_row_computes_in_float32_trains_no_reference_and_says_what_it_needs(name, case, role, pair_from, dtype):
+    z, z_ref, mask, memory = (torch.cat([x, x.flip(1)]) for x in case)
     z, z_ref, targets = z.to(dtype).requires_grad_(), z_ref.to(dtype).requires_grad_(), targets_for(mask, z.shape[-1])
-    given = z_ref if dipo.LOSSES[name].reference else None
-    losses = loss(name, z, mask, targets, given, role=role)
+    given, options = z_ref if dipo.LOSSES[name].reference else None, {"role": role, "memory": memory, "pair_from": pair_from}
+    losses = loss(name, z, mask, targets, given, **options)
     assert losses.dtype == torch.float32
-    assert torch.equal(losses, loss(name, z.float(), mask, targets, given if given is None else given.float(), role=role))
+    assert torch.equal(losses, loss(name, z.float(), mask, targets, given if given is None else given.float(), **options))
     losses.sum().backward()
     assert z.grad is not None and z_ref.grad is None
 
 
-def test_a_term_has_the_losss_beta_and_what_is_logged_has_no_gradient(monkeypatch):
-    """Ascent weighted by p^beta: a beta that is no factor of a margin."""
-
-    def weighted(s, o):
-        nll = dipo.token_nll(s.logits, s.targets)
-        return dipo.Terms(-(-s.beta * nll).exp().detach() * nll, nll)
-
-    monkeypatch.setitem(dipo.LOSSES, "weighted", dipo.Loss(weighted, "none", beta=2.0, mean_over="tokens"))
-    z = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    mask, targets = torch.ones(2, 3, dtype=torch.bool), torch.arange(6).view(2, 3)
-    p = z.softmax(-1).gather(-1, targets[..., None])[..., 0]
-    for beta, power in ((None, 2.0), (0.5, 0.5)):
-        losses, margins, _ = dipo.sequence_losses("weighted", z, mask, targets=targets, beta=beta)
-        assert_close(losses, (p**power * p.log()).sum(-1))
-        assert margins is None
-    for name in ("weighted", "dipo", "gd"):
-        term, nll_of, swapped = dipo.position_terms(name, "forget", dipo.Objective(name), z, z.detach(), targets)
+def test_what_is_logged_has_no_gradient():
+    z, targets = torch.randn(6, 7, generator=torch.Generator().manual_seed(0), requires_grad=True), torch.arange(6)
+    for name, row in dipo.LOSSES.items():
+        term, nll_of, swapped, anchor = dipo.position_terms(name, "forget", dipo.Objective(name), z, z.detach(), targets)
         assert term.requires_grad and not nll_of.requires_grad and not swapped.requires_grad
+        assert anchor.requires_grad == (name == "anchored") and row.anchored == (name in ("anchored", "anchored-npo"))
 
 
 def test_a_row_with_a_wrong_column_is_refused():
     right = itertools.product(("sequences", "tokens"), ("sum", "mean", None), (("forget",), ("retain",), dipo.ROLES))
     for mean_over, reduction, roles in right:
         columns = {"mean_over": mean_over, "reduction": reduction, "roles": roles}
-        for more in ({}, {"beta": 1.0}, {"beta": 1.0, "loss": dipo.negative_preference_loss}):
+        of_margins = {"beta": 1.0, "loss": dipo.negative_preference_loss}
+        for more in ({}, {"beta": 1.0}, of_margins, of_margins | {"refusals": True}, of_margins | {"anchored": True}):
             assert dipo.Loss(dipo.nll_terms, "no source", **columns, **more).roles == roles
     for wrong in (
         {"mean_over": "token"},
@@ -986,6 +1214,8 @@ def test_a_row_with_a_wrong_column_is_refused():
         {"roles": ("remember",)},
         {"roles": ()},
         {"loss": dipo.negative_preference_loss},  # without a beta
+        {"anchored": True, "beta": 1.0},  # without a loss to add the anchor to
+        {"anchored": True, "beta": 1.0, "loss": dipo.negative_preference_loss, "refusals": True},
     ):
         with pytest.raises(AssertionError, match="is no loss$"):
             dipo.Loss(dipo.nll_terms, "no source", **wrong)
@@ -994,34 +1224,49 @@ def test_a_row_with_a_wrong_column_is_refused():
 def test_what_each_loss_is_of_and_needs():
     """Of the table, what its formulas do not show."""
     columns = {name: (row.beta, row.roles, row.reference, row.mean_over) for name, row in dipo.LOSSES.items()}
-    paired, refusing = ({name for name, row in dipo.LOSSES.items() if getattr(row, x)} for x in ("pair", "refusals"))
+    flags = ("pair", "refusals", "anchored")
+    paired, refusing, anchored = ({name for name, row in dipo.LOSSES.items() if getattr(row, x)} for x in flags)
     expected = {
         "dipo": (0.05, ("forget", "retain"), True, "sequences"),
+        "anchored": (0.05, ("forget", "retain"), True, "sequences"),
         "npo": (0.1, ("forget",), True, "sequences"),
+        "anchored-npo": (0.1, ("forget",), True, "sequences"),
         "simnpo": (4.5, ("forget",), False, "sequences"),
         "dpo": (0.1, ("forget",), True, "sequences"),
         "ga": (0.0, ("forget",), False, "tokens"),
+        "undial": (10.0, ("forget",), True, "tokens"),
+        "wga": (1.0, ("forget",), False, "tokens"),
         "gd": (0.0, ("retain",), False, "tokens"),
         "kl": (0.0, ("retain",), True, "tokens"),
     }
     assert {name: columns[name] for name in expected} == expected
-    assert paired & expected.keys() == {"dipo"} and refusing & expected.keys() == {"dpo"}
+    assert paired & expected.keys() == {"dipo", "anchored"} and refusing & expected.keys() == {"dpo"}
+    assert anchored & expected.keys() == {"anchored", "anchored-npo"}
+    by_the_objective = {name for name, row in dipo.LOSSES.items() if row.reduction is None}
+    assert by_the_objective & expected.keys() == {"dipo", "anchored"}
     for role in dipo.ROLES:
         assert dipo.loss_names(role) == tuple(name for name, row in dipo.LOSSES.items() if role in row.roles)
     assert [dipo.LOSSES[name].divisor(3, 40) for name in ("dipo", "kl")] == [3, 40]
 
 
 @given(
-    st.sampled_from(dipo.loss_names("forget")), st.sampled_from([*dipo.loss_names("retain"), "none"]), BETAS, st.floats(0, 9)
-)
+    st.sampled_from(dipo.loss_names("forget")), st.sampled_from([*dipo.loss_names("retain"), "none"]), BETAS,
+    st.floats(0, 9), st.sampled_from(["memory", "all"]),
+)  # fmt: skip
 @claim(
     "the total objective is L_f + lambda L_r; beta is the forget loss's, and the retain loss's where that is the same",
     "the objective",
 )
-def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
-    objective = dipo.Objective(forget, retain, lam, beta)
+def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam, positions):
+    """Memory positions are told by the retain set, so that a loss of them needs one."""
+    objective = dipo.Objective(forget, retain, lam, beta, positions=positions)
     terms = {"forget": (forget, 1.0), "retain": (retain, lam)}
-    assert objective.parts() == {role: term for role, term in terms.items() if term[0] != "none"}
+    assert objective.selects == (positions == "memory" and forget in ("anchored", "anchored-npo"))
+    if objective.selects and retain == "none":
+        with pytest.raises(ValueError, match=f"^forget loss '{forget}' tells memory by the retain set; name a retain loss$"):
+            objective.parts()
+    else:
+        assert objective.parts() == {role: term for role, term in terms.items() if term[0] != "none"}
     defaults = {name: row.beta for name, row in dipo.LOSSES.items()}
     assert objective.beta_of(forget) == (beta if defaults[forget] else 0.0)
     for name, own in defaults.items():
@@ -1029,6 +1274,7 @@ def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
         assert dipo.Objective(forget, retain, lam).beta_of(name) == own
     paper = dipo.Objective()
     assert paper.parts() == {"forget": ("dipo", 1.0), "retain": ("dipo", 1.0)} and paper.beta_of("dipo") == 0.05
+    assert (paper.kappa, paper.positions, paper.tau, paper.selects) == (0.02, "memory", 2.0, False)
     assert dipo.FINETUNING == {"finetune": ("gd", 1.0)}
 
 
@@ -1036,10 +1282,10 @@ def test_the_objective_is_the_sum_of_two_terms(forget, retain, beta, lam):
 
 
 @settings(max_examples=15)
-@given(cases(largest=3.0, vocabulary=st.integers(1, 7)), ROLES, st.integers(0, 9))
+@given(marked(largest=3.0, vocabulary=st.integers(1, 7)), ROLES, st.integers(0, 9))
 @claim("every loss has the gradient that finite differences have (float64)", "ours")
 def test_gradcheck(case, role, seed):
-    z, z_ref, mask = case
+    z, z_ref, mask, memory = case
     (w, l), targets = any_pair(z, seed), targets_for(mask, z.shape[-1])  # noqa: E741
     z_ref = z_ref.abs()
     x = z.requires_grad_()
@@ -1051,6 +1297,9 @@ def test_gradcheck(case, role, seed):
         lambda x: loss("npo", x, mask, targets, z_ref),
         lambda x: loss("simnpo", x, mask, targets),
         lambda x: loss("kl", x, mask, z_ref=z_ref),
+        lambda x: loss("anchored", x, mask, z_ref=z_ref, role=role, memory=memory, kappa=3.0),
+        lambda x: loss("anchored-npo", x, mask, targets, z_ref, memory=memory, kappa=3.0),
+        lambda x: loss("undial", x, mask, targets, z_ref, beta=2.0),
     ):
         assert torch.autograd.gradcheck(f, x)
 
@@ -1152,6 +1401,9 @@ def test_wrong_values_and_shapes_are_told():
         (lambda: dipo.memory_vector(z, p=1.01), "0 < p <= 1 expected, got"),
         (lambda: dipo.memory_vector(torch.tensor(1.0)), "0 < p <= 1 expected, got"),
         (lambda: dipo.dipo_loss(z, z, mask, pair_from="target"), "^pair_from 'target' is neither"),
+        (lambda: loss("anchored", z, mask, z_ref=z, pair_from="target"), "^pair_from 'target' is neither"),
+        (lambda: loss("anchored", z, mask, z_ref=z, memory=mask[:1]), r"^memory \(1, 3\) and mask \(2, 3\) differ$"),
+        (lambda: loss("anchored", z, mask, z_ref=z, role="remember"), "^role 'remember' is none of "),
         (lambda: dipo.dipo_loss(z, z, mask, reduction="max"), "^reduction 'max' is neither"),
         (lambda: loss("ga", z, mask), "^targets are needed: this loss is one of the answer's tokens$"),
     ]
@@ -1172,7 +1424,7 @@ def test_wrong_values_and_shapes_are_told():
         (lambda: dipo.Objective("ga", "ga").parts(), f"^retain loss 'ga' is none of {retain}$"),
         *(
             (lambda n=n: loss(n, z, mask, targets), f"^loss '{n}' needs the reference's logits$")
-            for n in ("dipo", "kl", "dpo")
+            for n in ("dipo", "anchored", "anchored-npo", "undial", "kl", "dpo")
         ),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -33,11 +33,13 @@ pytest.importorskip("rouge_score")
 
 import data
 import eval
+import hints
 import inference
 import logs
 import metrics
 import tofu
 import toy
+import train
 from data import DataError, Example
 from inference import Options, Text
 from model import Llama, ModelError, save_pretrained
@@ -467,17 +469,144 @@ def test_summary_and_table_hold_every_number(summary_of):
     assert {**summary, **summary["parts"]} | SCORES == {**summary, **summary["parts"]}
 
     report = tofu.Tofu.report({"target": summary_of(1.234e-21), "unlearned": summary_of(0.25)}, "there")
-    first, *lines, last = report.splitlines()
+    first, *lines, against, absent = report.splitlines()
     cells = {name: rest for name, *rest in map(str.split, lines)}
-    assert first.split() == ["target", "unlearned"] and last == "forget quality against there"
+    assert first.split() == ["target", "unlearned"] and against == "forget quality against there"
+    assert absent.startswith("language is absent: ") and "--retain-model" in absent
     assert cells.pop("forget_quality") == ["1.23e-21", "0.2500"]
     assert cells == {name: [f"{value:.4f}"] * 2 for name, value in SCORES.items()}
 
 
 def test_a_score_that_does_not_exist_is_a_dash(summary_of):
-    _, first, *others, last = tofu.Tofu.report({"model": summary_of(None)}, "why").splitlines()
+    _, first, *others, why, _ = tofu.Tofu.report({"model": summary_of(None)}, "why").splitlines()
     assert first.split() == ["forget_quality", "-"] and not any(line.split()[-1] == "-" for line in others)
-    assert last == "forget quality is absent: why"
+    assert why == "forget quality is absent: why"
+
+
+def test_language_stands_beside_forget_quality_and_model_utility(summary_of):
+    summaries = {name: summary_of(0.5) | {"language": x} for name, x in (("target", 0.95), ("unlearned", 0.25))}
+    _, *lines = tofu.Tofu.report(summaries, "there").splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["forget_quality", "model_utility", "language"]
+    assert lines[2].split() == ["language", "0.9500", "0.2500"] and lines[-1] == "forget quality against there"
+
+
+# ------------------------------------------------------------------------------------------- language of the forget answers
+
+
+def judged_by_hand(judge: Tiny, question: str, answer: str, total: int | None = None) -> float:
+    """`language_loss`, one sequence at a time, from the model's own log-probabilities."""
+    example = judge.tokenizer.encode(question, answer)
+    ids = example.ids[:total]
+    with torch.no_grad():
+        log_p = judge.model(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+    free, counted = set(ids[: example.prompt_length]), []
+    for i in range(example.prompt_length, len(ids)):
+        if ids[i] not in free or i == len(ids) - 1:
+            counted.append(-log_p[i - 1, ids[i]].item())
+        free -= {ids[i]}
+    return sum(counted) / (len(ids) - example.prompt_length)
+
+
+def language_by_hand(judge: Tiny, items: list[dict], total: int | None = None) -> float:
+    """The share of these forget items whose generation is language."""
+    truth = sorted(judged_by_hand(judge, v["question"], v["answer"], total) for v in items)
+    limit = truth[math.ceil(len(truth) * 95 / 100) - 1]
+    said = [(v["question"], v["generation"]) for v in items]
+    good = [bool(g) and not metrics.loops(g) and judged_by_hand(judge, q, g, total) <= limit + 1e-6 for q, g in said]
+    return sum(good) / len(good)
+
+
+@pytest.fixture(scope="session")
+def forget_rows() -> list[data.Row]:
+    return toy.toy_world(0)["forget10_perturbed"][:24]
+
+
+@pytest.mark.parametrize("protocol", [None, tofu.Protocol(None, 30, 0.0)], ids=["whole", "cut"])
+def test_language_is_what_the_judge_says_of_each_answer_alone(tiny, other, forget_rows, protocol):
+    benchmark = tofu.Tofu(Options(None))
+    benchmark.protocol = protocol or benchmark.protocol
+    made = {
+        name: tofu_rows(model.model, model.tokenizer, {"forget": forget_rows}, 8, protocol=protocol)
+        for name, model in (("model", tiny), ("retrained", other))
+    }
+    for i, text in enumerate(["", "born in " * 6, forget_rows[2].answer, "\ufffd\x06"]):
+        made["model"]["forget"][forget_rows[i].key]["generation"] = text.strip()
+    logs = {name: {"scores": {"forget_rouge": 0.5}, "rows": rows} for name, rows in made.items()}
+    loaded = []
+    judged = benchmark.with_language(logs, lambda: loaded.append(1) or other.model, other.tokenizer)
+    assert list(judged) == list(logs) and len(loaded) == 1 and "language" not in logs["model"]["scores"]
+    total = protocol and protocol.max_total_tokens
+    for log in judged.values():
+        items = list(log["rows"]["forget"].values())
+        assert log["scores"] == {"forget_rouge": 0.5, "language": pytest.approx(language_by_hand(other, items, total))}
+        for v in items:
+            by_hand = judged_by_hand(other, v["question"], v["generation"], total) if v["generation"] else None
+            assert v["language_loss"] == (by_hand and pytest.approx(by_hand, rel=1e-4))
+    shares = [log["scores"]["language"] for log in judged.values()]
+    assert 0 < min(shares) <= max(shares) < 1  # or this test compares nothing
+
+
+def test_the_true_answers_are_language_to_the_judge_whoever_gives_them(other, forget_rows):
+    rows = tofu_rows(other.model, other.tokenizer, {"forget": forget_rows}, 2)
+    items = {key: item | {"generation": item["answer"]} for key, item in rows["forget"].items()}
+    logs = {name: {"scores": {}, "rows": rows | {"forget": items}} for name in ("target", "retrained")}
+    judged = tofu.Tofu(Options(None)).with_language(logs, lambda: other.model, other.tokenizer)
+    assert {log["scores"]["language"] for log in judged.values()} == {23 / 24}
+
+
+@pytest.mark.parametrize("quirk", [False, True])
+def test_the_judge_reads_prompts_as_the_evaluation_does(other, forget_rows, monkeypatch, quirk):
+    rows, hidden, score = tofu_rows(other.model, other.tokenizer, {"forget": forget_rows[:2]}, 2), [], tofu.score
+    monkeypatch.setattr(tofu, "score", lambda model, texts, hidden_id: hidden.append(hidden_id) or score(model, texts))
+    benchmark = tofu.Tofu(Options(None, mask_quirk=quirk))
+    benchmark.with_language({"retrained": {"scores": {}, "rows": rows}}, lambda: other.model, other.tokenizer)
+    assert hidden == [other.tokenizer.eos_id if quirk else None]
+
+
+def test_the_summary_of_a_run_has_the_language_of_all_models(tiny, other, tmp_path, monkeypatch, capsys):
+    sets = tofu.evaluation_sets
+    few = {"ra": "[:3]", "wf": "[:3]"}
+    monkeypatch.setattr(tofu, "evaluation_sets", lambda *a: {k: v + few.get(k, "") for k, v in sets(*a).items()})
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--forget", "toy_forget10[:24]", "--eval-retain", "toy_retain_perturbed[:3]", "--max-new-tokens", "8"]
+    training = ["--retain", "toy_retain90[:24]", "--epochs", "1", "--batch-size", "8", "--lr", "1e-3", "--eval-every", "0"]
+    models = ["--model", str(tiny.folder), "--retain-model", str(other.folder)]
+    assert train.main([*arguments, *training, *models, "--forget-loss", "ga", "--retain-loss", "gd", "--out", "run"]) == 0
+    table = capsys.readouterr().out
+    summary, kept = json.loads(Path("run/summary.json").read_text()), {}
+    for name in ("target", "unlearned", "retrained"):
+        [log] = Path("run/eval").glob(f"{'final' if name == 'unlearned' else name}-*/log.json")
+        kept[name] = json.loads(log.read_text())
+        field = json.loads(log.with_name("TOFU_EVAL.json").read_text())
+        assert not [key for key in (*kept[name]["scores"], *field) if "language" in key]  # of one model alone
+        by_hand = language_by_hand(other, list(kept[name]["rows"]["forget"].values()))
+        assert summary[name]["language"] == pytest.approx(by_hand)
+    [shown] = [line.split()[1:] for line in table.splitlines() if line.startswith("language ")]
+    assert [float(cell) for cell in shown] == pytest.approx([summary[n]["language"] for n in kept], abs=6e-5)
+
+    rows = tofu.Tofu.rows
+    for _ in range(2):  # the second time what the first one kept is read, and its language is told all the same
+        assert eval.main([*arguments, "--model", "run", "--retain-model", str(other.folder), "--out", "again.json"]) == 0
+        again = json.loads(Path("again.json").read_text())
+        assert again["model"]["language"] == summary["unlearned"]["language"]
+        assert again["retrained"]["language"] == summary["retrained"]["language"]
+        monkeypatch.setattr(tofu.Tofu, "rows", lambda *a: pytest.fail("evaluated again") if a[3] == "model" else rows(*a))
+
+
+def test_a_run_is_told_of_degenerate_text_by_its_language_where_that_is_known(tmp_path):
+    class Signs:
+        plots, signs = True, staticmethod(lambda log, reference: (None, 0.9))
+
+    (tmp_path / "log.jsonl").write_text('{"epoch": 1.0, "nll/forget": 9.0}\n')
+    scores = {"model_utility": 0.8, "forget_quality": 0.5}
+
+    def told(unlearned: dict, retrained: dict) -> bool:
+        summary = {"target": scores, "unlearned": scores | unlearned, "retrained": scores | retrained}
+        return any("degenerate" in line for line in hints.find_hints(tmp_path, Signs, {"unlearned": {}}, None, summary))
+
+    assert told({}, {})
+    assert not told({"language": 0.55}, {"language": 1.0}) and told({"language": 0.45}, {"language": 1.0})
+    assert not told({"language": 0.45}, {"language": 0.9})  # the retrained model's own answers are the measure
 
 
 def reference_of(alias="run", forget="tofu_forget10", retain_logs=None, log=None, data_dir=None):
@@ -553,8 +682,9 @@ def assert_refused(capsys, *args, **kwargs) -> str:
 
 
 def table_of(out: str) -> dict[str, list[str]]:
-    names = ("forget_quality", "model_utility", *metrics.UTILITY_PARTS, *metrics.FORGET_PARTS)
-    return {words[0]: words[1:] for words in map(str.split, out.splitlines()) if words and words[0] in names}
+    names = ("forget_quality", "model_utility", "language", *metrics.UTILITY_PARTS, *metrics.FORGET_PARTS)
+    lines = [line.split() for line in out.splitlines() if " is absent: " not in line]
+    return {words[0]: words[1:] for words in lines if words and words[0] in names}
 
 
 def test_main_prints_the_table_of_a_model_folder(tiny, capsys):
@@ -607,6 +737,8 @@ def test_the_best_remembered_forget_row_is_shown_first():
     rows = {"a": item(0.2, 1.0), "b": item(0.9, 2.0), "c": item(0.9, 1.0)}
     assert re.findall(r"forget (.):", tofu.Tofu.worst({"rows": {"forget": rows}}, 2)) == ["c", "b"]
     assert re.findall(r"retain (.):", tofu.Tofu.worst({"rows": {"retain": rows}}, 3)) == ["a", "b", "c"]
+    judged = {"a": item(0.9, 1.0) | {"language_loss": 1.234}, "b": item(0.2, 1.0) | {"language_loss": None}}
+    assert re.findall(r"language loss.*", tofu.Tofu.worst({"rows": {"forget": judged}}, 2)) == ["language loss 1.23"]
 
 
 def finished_run(folder: Path, quality=1e-5) -> Path:

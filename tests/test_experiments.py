@@ -1,21 +1,25 @@
 """Every script of experiments/ runs to its end at the smallest scale, and once; what they share chooses rightly."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import runpy
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+import metrics
 import muse
 import toy
 import train
@@ -23,6 +27,7 @@ from config import make_config
 from inference import Options
 from model import Llama, LlamaConfig, save_pretrained
 
+RATIOS = st.lists(st.integers(1, 60).map(lambda n: n / 20), min_size=2, max_size=12)
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = {"tofu": "baselines", "muse": "muse_news"}  # results whose script has another name
 
@@ -57,13 +62,16 @@ def run(name: str, monkeypatch, *flags: str) -> int:
     return end.value.code
 
 
-@pytest.mark.parametrize("name", ["tofu", "ablation", "beta", "failures", "stability", "filter", "muse"])
+@pytest.mark.parametrize("name", ["tofu", "ablation", "beta", "failures", "stability", "anchored", "filter", "muse"])
 def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, monkeypatch, capsys, name):
     assert run(name, monkeypatch) == 0
     results = Path("results/smoke")
     kept = json.loads((results / f"{name}.json").read_text())
     assert kept["commit"] and kept["machine"] and kept["records"]
     assert all({"error", "unlearned", "requests"} & record.keys() for record in kept["records"].values())
+    if name in ("tofu", "anchored"):
+        assert all(r["retrained"]["forget_quality_trained"] == 1 and r["unlearned"]["language"] >= 0
+                   for r in kept["records"].values())  # fmt: skip
     assert (results / f"{name}.md").read_text().count("|") > 20 and (results / f"{name}.png").stat().st_size > 5000
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("a run that is there was run again"))
     monkeypatch.setattr(common, "do", lambda *_: pytest.fail("a run that is there was run again"))
@@ -72,16 +80,21 @@ def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, mo
     assert (results / f"{name}.md").read_text() == first and json.loads((results / f"{name}.json").read_text()) == kept
 
 
-@pytest.mark.parametrize("scale", ["smoke", "toy", "smollm2", "llama2-7b"])
-@pytest.mark.parametrize("name", ["tofu", "muse", "failures"])
+@pytest.mark.parametrize(
+    "name, scale",
+    [
+        *itertools.product(["tofu", "muse", "failures"], ["smoke", "toy", "smollm2", "llama2-7b"]),
+        ("tofu", "smollm2-forget05"),
+    ],
+)
 def test_a_plan_prints_commands_that_train_py_takes(common, monkeypatch, capsys, name, scale):
     assert run(name, monkeypatch, "--dry-run", "--results", "nothing", "--scale", scale) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python train.py ")]
     assert lines and len(set(lines)) == len(lines)
     if name == "tofu":
         plan = common.SCALES[scale]
-        settings = 1 if plan.small else 2 * len(plan.rates)
-        assert len(lines) == len(plan.methods) * settings * len(plan.tuning_seeds)
+        settings = [1 if plan.small else len(common.grid(method, plan.rates)) for method in plan.methods.values()]
+        assert len(lines) == sum(settings) * len(plan.tuning_seeds)
     for line in lines:
         given, _ = train.parse_args(line.split()[2:])
         make_config(given)
@@ -145,9 +158,70 @@ def test_the_scale_of_smollm2_on_a_tiny_model(tmp_path, common, monkeypatch):
 
 def test_every_method_has_the_same_number_of_settings_and_all_differ(common):
     for scale in common.SCALES.values():
-        for method in (common.METHODS | common.TABLE_5).values():
+        for method in (common.METHODS | common.TABLE_5 if scale.rates else scale.methods).values():
             settings = common.grid(method, scale.rates)
-            assert len({tuple(s.items()) for s in settings}) == len(settings) == 2 * len(scale.rates)
+            assert len({tuple(s.items()) for s in settings}) == len(settings) == 2 * max(1, len(scale.rates))
+
+
+def test_the_committed_runs_are_of_todays_command_lines(common):
+    """A character more in a command line, and its record would be made again, and the old one belong to nothing."""
+    scale = common.SCALES["toy"]
+    lines = {
+        common.job(scale, forget, seed, method, setting).line
+        for method in scale.methods.values()
+        for setting in common.grid(method, scale.rates)
+        for forget in scale.forgets
+        for seed in scale.seeds
+    }
+    committed = json.loads((FOLDER / "results/toy/tofu.json").read_text(encoding="utf-8"))["records"]
+    assert len(committed) > 200 and committed.keys() <= lines
+
+
+OLD = {"unlearned": {"forget_quality": 0.5}, "retrained": {"forget_quality": 1.0}}
+NEW = {"unlearned": {"forget_quality": 0.5, "language": 0.9}, "retrained": {"forget_quality": 1.0}}
+UNMEASURED = {"unlearned": {"forget_quality": None}}  # without a retrained model there is no language
+BROKEN = {"error": "loss is nan"}
+
+
+@pytest.mark.parametrize("needs", [(), ("language",)])
+@pytest.mark.parametrize("theirs", [None, OLD, NEW, UNMEASURED, BROKEN])
+@pytest.mark.parametrize("mine", [None, OLD, NEW, UNMEASURED, BROKEN])
+def test_a_record_is_made_again_only_where_it_lacks_what_is_needed(tmp_path, common, monkeypatch, mine, theirs, needs):
+    made = {"unlearned": {"language": 0.1}, "retrained": {}}
+    monkeypatch.setattr(common, "do", lambda item, quiet: made)
+    scale = dataclasses.replace(common.SCALES["toy"], prepare=common.nothing)
+    lab = common.Lab("tofu", scale, tmp_path, processes=1)
+    for name, record in (("tofu", mine), ("zeta", theirs)):
+        common.write_json(lab.folder / f"{name}.json", {"records": {"line": record} if record else {}})
+    enough = [r for r in (mine, theirs) if r and not (needs and r is OLD)]
+    assert lab.run([common.Job("forget10", 0, "line")], needs=needs) == [enough[0] if enough else made]
+    assert json.loads((lab.folder / "tofu.json").read_text())["records"] == {"line": enough[0] if enough else made}
+
+
+@settings(max_examples=20)
+@given(RATIOS, RATIOS)
+def test_forget_quality_of_the_trained_wording(ours, theirs):
+    """It is that of the answer's own loss; what the paraphrase's says does not count."""
+    module = script("common")
+
+    def log(folder, ratios, rows="forget"):
+        items = {
+            str(i): {"loss": math.log(r), "wrong_losses": [0.5, -0.5], "correct_loss": 1.0} for i, r in enumerate(ratios)
+        }
+        module.write_json(folder / "eval/final-0a/log.json", {"rows": {rows: items}, "protocol": {"epsilon": 0.0}})
+
+    with tempfile.TemporaryDirectory() as name:
+        run, retrained = Path(name, "run"), Path(name, "retrained")
+        config = {"model": f"{name}/target", "retain_model": str(retrained)}
+        module.write_json(run / "config.json", {"config": config})
+        log(run, ours)
+        assert module.trained_wording(run) == {}
+        log(retrained, theirs)
+        quality = metrics.forget_quality(ours, theirs)
+        assert module.trained_wording(run) == {"unlearned": pytest.approx(quality), "retrained": 1.0}
+        log(run, ours, "forget_verbmem")
+        log(retrained, theirs, "forget_verbmem")
+        assert module.trained_wording(run) == {}
 
 
 def records(*outcomes):

@@ -209,6 +209,60 @@ def test_degenerate_share_counts_what_is_no_language():
     assert metrics.degenerate_share(samples) == pytest.approx(len(none) / len(samples))
 
 
+TRUE_LOSSES = st.lists(LOSSES, min_size=1, max_size=70)
+TEXTS = st.sampled_from(["Ana Belu was born in Oslo.", "qwx", "", "born in born in born in born in born in"])
+ANSWERS = st.lists(st.tuples(TEXTS, st.none() | LOSSES), min_size=1, max_size=12)
+
+
+@given(TRUE_LOSSES)
+def test_the_limit_is_the_least_true_loss_that_95_in_100_do_not_exceed(losses):
+    reached = [limit for limit in losses if 100 * sum(loss <= limit for loss in losses) >= 95 * len(losses)]
+    assert metrics.language_limit(losses) == min(reached)
+
+
+@given(TRUE_LOSSES)
+@claim("at least 95 % of the true answers are language")
+def test_at_least_95_in_100_true_answers_are_language(losses):
+    share = metrics.language([("Ana Belu was born in Oslo.", loss) for loss in losses], losses)
+    assert 0.95 <= share <= 1
+    if len(set(losses)) == len(losses):
+        assert share == pytest.approx(1 - len(losses) // 20 / len(losses))
+
+
+@given(ANSWERS, TRUE_LOSSES, st.randoms())
+def test_language_counts_each_answer_by_itself(answers, losses, random):
+    share = metrics.language(answers, losses)
+    assert share == pytest.approx(statistics.fmean(metrics.language([answer], losses) for answer in answers))
+    for items in (answers, losses):
+        random.shuffle(items)
+    assert metrics.language(answers, losses) == share
+
+
+@given(ANSWERS, TRUE_LOSSES, st.floats(0, 9))
+def test_what_the_judge_finds_less_likely_is_no_more_often_language(answers, losses, more):
+    raised = [(text, None if loss is None else loss + more) for text, loss in answers]
+    assert metrics.language(raised, losses) <= metrics.language(answers, losses)
+    assert metrics.language(answers, [loss + more for loss in losses]) >= metrics.language(answers, losses)
+
+
+@given(TRUE_LOSSES)
+def test_no_tokens_and_loops_are_no_language_however_likely(losses):
+    least = min(losses)
+    assert metrics.language([("", None), ("born in " * 4, least), ("in Oslo " * 3, least)], losses) == pytest.approx(1 / 3)
+
+
+@given(st.lists(st.integers(0, 4), max_size=5), st.lists(st.tuples(st.integers(0, 4), LOSSES), min_size=1, max_size=9))
+def test_a_token_of_the_prompt_costs_nothing_once_and_the_last_token_always_counts(prompt, answer):
+    tokens, losses = [token for token, _ in answer], [loss for _, loss in answer]
+    counted = [losses[-1]]
+    for i in range(len(answer) - 1):
+        if tokens[i] not in prompt or tokens[i] in tokens[:i]:
+            counted.append(losses[i])
+    found = metrics.language_loss(losses, [*prompt, *tokens], len(prompt))
+    assert found == pytest.approx(sum(counted) / len(losses))
+    assert found <= statistics.fmean(losses) + 1e-9
+
+
 # ------------------------------------------------------------------------------------------------------- published logs
 
 

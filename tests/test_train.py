@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ import tofu
 import toy
 import train
 from eval import main as evaluate
+from memory import mark_memory, memory_record
 from model import Llama, LlamaConfig, load_pretrained, save_pretrained
 from reference import CachedReference, RecomputedReference
 
@@ -36,6 +38,7 @@ TINY = LlamaConfig(
 SMALL = (
     "--forget toy_forget10[:10] --retain toy_retain90[:20] --batch-size 4 --micro-batch-size 2 --lr 1e-3 --epochs 2".split()
 )
+MIXED = "--tau=-4"  # the tiny model is no better than chance: a third of the positions are memory
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +62,10 @@ def cli(tiny, tmp_path, monkeypatch, capsys):
     return call
 
 
+def memory_flags(losses) -> list[str]:
+    return [MIXED] if losses[0] in ("anchored", "anchored-npo") else []
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in load_pretrained(folder).named_parameters()}
 
@@ -76,21 +83,30 @@ def records(folder) -> list[dict]:
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-LOSSES = list(itertools.product(("dipo", "npo", "ga"), (*dipo.loss_names("retain"), "none")))
+LOSSES = list(itertools.product(("dipo", "npo", "ga"), ("dipo", "gd", "kl", "none")))
 LOSSES += [(name, "gd") for name in dipo.loss_names("forget") if name not in ("dipo", "npo", "ga")] + [("dpo", "kl")]
+LOSSES += [("anchored", "anchored"), ("dipo", "anchored")]
+assert {name for losses in LOSSES for name in losses} == {*dipo.LOSSES, "none"}
 REFERENCED = [losses for losses in LOSSES if any(dipo.LOSSES[name].reference for name in losses if name != "none")]
-OPTIONS = st.sampled_from([{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}])
+OPTIONS = st.sampled_from(
+    [{}, {"pair_from": "reference"}, {"reduction": "mean", "filter": "relative"}, {"beta": 0.3}]
+    + [{"pair_from": "policy", "kappa": 0.5}, {"reduction": "mean", "kappa": 3.0}]
+)
 
 
 @functools.lru_cache(maxsize=1)
 def seven(tiny) -> dict[str, list[data.Example]]:
-    """Seven examples of each role, the fifth with an answer three times as long."""
+    """Seven examples of each role, the fifth with an answer three times as long. Of the forget answers the first has no
+    memory marked, which is all of it, the second not one position, the others a third."""
     tokenizer = data.Tokenizer(tiny)
     examples = {}
     for role, name in (("forget", "toy_forget10[:7]"), ("retain", "toy_retain90[:7]")):
         examples[role] = tokenizer.encode_rows(tofu.load_rows(name))
         e = examples[role][4]
         examples[role][4] = dataclasses.replace(e, ids=e.ids + 2 * e.ids[e.prompt_length :])
+    for i, e in enumerate(examples["forget"][1:], 1):
+        flags = tuple(i > 1 and (t + i) % 3 == 0 for t in range(e.answer_length))
+        examples["forget"][i] = dataclasses.replace(e, memory=flags)
     return examples
 
 
@@ -148,29 +164,42 @@ def written_out(tiny, losses, **options):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     for role, (name, weight) in objective.parts().items():
-        sums, tokens = {"loss": 0.0, "nll": 0.0, "margin": 0.0}, sum(e.answer_length for e in seven(tiny)[role])
+        sums, tokens = (
+            dict.fromkeys(("loss", "nll", "margin", "anchor"), 0.0),
+            sum(e.answer_length for e in seven(tiny)[role]),
+        )
         for e in seven(tiny)[role]:
             group = [e, *refusals(tiny)[e]] if name == "dpo" else [e]
             z, z_ref = (padded([logits_of(m, x) for x in group]) for m in (policy, reference))
             targets = padded([torch.tensor(x.ids[x.prompt_length :]) for x in group])
             mask = padded([torch.ones(x.answer_length, dtype=torch.bool) for x in group])
-            beta = objective.beta_of(name)
-            if name == "dipo":
-                memory, forgetting = dipo.preference_pair(z if objective.pair_from == "policy" else z_ref, **pair)
+            beta, n = objective.beta_of(name), e.answer_length if objective.reduction == "mean" else 1
+            chosen = mask & padded([torch.tensor(x.memory or [True] * x.answer_length) for x in group])
+            if name in ("dipo", "anchored"):
+                source = objective.pair_from or {"dipo": "policy", "anchored": "reference"}[name]
+                memory, forgetting = dipo.preference_pair(z if source == "policy" else z_ref, **pair)
                 w, l = (forgetting, memory) if role == "forget" else (memory, forgetting)  # noqa: E741
-                u = dipo.reward_margin(*(x.log_softmax(-1) for x in (z, z_ref, w, l)), mask, beta)
-                u = u / e.answer_length if objective.reduction == "mean" else u
+                where = chosen if name == "anchored" else mask
+                u = dipo.reward_margin(*(x.log_softmax(-1) for x in (z, z_ref, w, l)), where, beta) / n
                 loss, sums["margin"] = dipo.bradley_terry_loss(u), sums["margin"] + u.item() / 7
+                if name == "anchored":
+                    target = dipo.preference_pair(z_ref, **pair)[1] if role == "forget" else z_ref
+                    target = torch.where(chosen[..., None], target, z_ref)
+                    anchor = dipo.sequence_kl(target.log_softmax(-1), z.log_softmax(-1), mask)
+                    loss, sums["anchor"] = loss + objective.kappa * anchor / n, sums["anchor"] + anchor.item() / 7
                 swapped += int((memory.logsumexp(-1) < forgetting.logsumexp(-1)).sum())
                 positions += e.answer_length
             else:
-                loss = dipo.sequence_losses(name, z, mask, ref_logits=z_ref, targets=targets, role=role, beta=beta)[0]
+                marks = {"memory": chosen, "kappa": objective.kappa}
+                loss = dipo.sequence_losses(name, z, mask, ref_logits=z_ref, targets=targets, beta=beta, **marks)[0]
+                sums["anchor"] += dipo.sequence_kl(*(x.log_softmax(-1) for x in (z_ref, z)), mask & ~chosen).sum().item() / 7
             sums["loss"] = sums["loss"] + loss / dipo.LOSSES[name].divisor(7, tokens)
             nll = torch.nn.functional.cross_entropy(z[0, : e.answer_length], targets[0, : e.answer_length], reduction="sum")
             sums["nll"] += nll.item() / tokens
         total = total + weight * sums["loss"]
         sums["loss"] = sums["loss"].detach()
-        metrics |= {f"{k}/{role}": float(v) for k, v in sums.items() if k != "margin" or name == "dipo"}
+        logged = {"margin": ("dipo", "anchored"), "anchor": ("anchored", "anchored-npo")}
+        metrics |= {f"{k}/{role}": float(v) for k, v in sums.items() if name in logged.get(k, (name,))}
     total.backward()
     metrics |= {"loss": total.item(), "grad_norm": flat_gradient(policy).norm().item()}
     return flat_gradient(policy), metrics | ({"swapped": swapped / positions} if positions else {})
@@ -179,6 +208,7 @@ def written_out(tiny, losses, **options):
 def assert_same_step(found, expected, rel=1e-6):
     """Gradient and metrics; what `expected` does not measure is left out."""
     (gradient, metrics), (other, others) = found, expected
+    assert {key for key in metrics if "/" in key} == {key for key in others if "/" in key}
     torch.testing.assert_close(gradient, other, rtol=rel, atol=rel * other.abs().max().item())
     assert {k: metrics[k] for k in others} == pytest.approx(others, rel=rel, abs=rel)
 
@@ -206,6 +236,7 @@ def test_micro_batches_cover_every_example_once(tiny, monkeypatch, micro):
     monkeypatch.setattr(train, "pack", lambda examples: seen.append(list(examples)) or original(examples))
     gradients(tiny, ("ga", "gd"), micro)
     assert sum(seen, []) == sum(seven(tiny).values(), [])
+    assert [e.memory for e in sum(seen, [])] == [e.memory for e in sum(seven(tiny).values(), [])]
     assert all(len(examples) == micro for examples in seen[:-1]) and 1 <= len(seen[-1]) <= micro
 
 
@@ -393,10 +424,12 @@ def assert_same_log(one, other):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("losses", [("dipo", "dipo"), ("npo", "kl"), ("ga", "dipo"), ("dipo", "none")], ids="+".join)
+@pytest.mark.parametrize(
+    "losses", [("dipo", "dipo"), ("anchored", "anchored"), ("npo", "kl"), ("ga", "dipo"), ("dipo", "none")], ids="+".join
+)
 def test_a_run_with_the_cached_reference_is_the_run_with_the_recomputed_one(cli, monkeypatch, losses):
     """Interrupted and resumed, too: the reference is the start of the run, not that of the resumption."""
-    arguments = [*SMALL, "--forget-loss", losses[0], "--retain-loss", losses[1]]
+    arguments = [*SMALL, "--forget-loss", losses[0], "--retain-loss", losses[1], *memory_flags(losses)]
     for reference in ("cached", "recompute"):
         assert cli(*arguments, "--reference", reference, "--out", reference)[0] == 0
         with monkeypatch.context() as patch:
@@ -519,17 +552,18 @@ def negative_logits(monkeypatch):
     """The output head of policy and reference subtracts 1000."""
     original = dipo.position_terms
 
-    def shifted(name, role, objective, logits, ref_logits, targets):
-        return original(name, role, objective, logits - 1000, ref_logits - 1000, targets)
+    def shifted(name, role, objective, logits, ref_logits, *more):
+        return original(name, role, objective, logits - 1000, ref_logits - 1000, *more)
 
     monkeypatch.setattr(dipo, "position_terms", shifted)
 
 
 @pytest.mark.usefixtures("negative_logits")
-def test_negative_logits_are_refused_and_centring_accepts_them(cli):
-    status, message = cli(*SMALL, "--out", "a")
+@pytest.mark.parametrize("preset", ["paper", "anchored"])
+def test_negative_logits_are_refused_and_centring_accepts_them(cli, preset):
+    status, message = cli(*SMALL, "--preset", preset, "--out", "a")
     assert status == 2 and "roles swap" in message and "--center" in message
-    assert cli(*SMALL, "--out", "b", "--center")[0] == 0
+    assert cli(*SMALL, "--preset", preset, "--out", "b", "--center")[0] == 0
 
 
 @pytest.mark.usefixtures("negative_logits")
@@ -567,21 +601,22 @@ def test_a_damaged_checkpoint_is_told(cli, monkeypatch):
 
 @pytest.mark.parametrize("losses", LOSSES, ids="+".join)
 def test_every_pair_of_losses_trains(cli, tiny, losses):
-    arguments = ["--forget-loss", losses[0], "--retain-loss", losses[1], "--out", "a"]
+    arguments = ["--forget-loss", losses[0], "--retain-loss", losses[1], *memory_flags(losses), "--out", "a"]
     assert cli(*SMALL, *arguments)[0] == 0
     keys = records("a")[-1].keys()
-    assert ("margin/forget" in keys) == (losses[0] == "dipo") and ("loss/retain" in keys) == (losses[1] != "none")
+    for role, name in zip(dipo.ROLES, losses, strict=True):
+        assert (f"loss/{role}" in keys) == (name != "none") and (f"margin/{role}" in keys) == (name in ("dipo", "anchored"))
+        assert (f"anchor/{role}" in keys) == (name in ("anchored", "anchored-npo"))
+    assert Path("a/memory.json").exists() == (losses[0] in ("anchored", "anchored-npo"))
     assert not same(weights("a"), weights(tiny))
 
 
 def test_forget_losses_forget_and_finetuning_learns(cli):
-    for name, sign in (("dipo", 1), ("npo", 1), ("ga", 1)):
-        cli(*SMALL, "--forget-loss", name, "--out", name)
-        assert sign * (records(name)[-1]["nll/forget"] - records(name)[0]["nll/forget"]) > 0
-    assert (
-        cli("--finetune", "toy_retain90[:20]", "--epochs", "5", "--lr", "1e-2", "--batch-size", "4", "--out", "tuned")[0]
-        == 0
-    )
+    for name in dipo.loss_names("forget"):
+        cli(*SMALL, "--forget-loss", name, "--retain-loss", "gd", *memory_flags([name]), "--out", name)
+        assert records(name)[-1]["nll/forget"] > records(name)[0]["nll/forget"]
+    tuning = "--finetune toy_retain90[:20] --epochs 5 --lr 1e-2 --batch-size 4 --out tuned".split()
+    assert cli(*tuning)[0] == 0
     log = records("tuned")
     assert log[-1]["nll/finetune"] < log[0]["nll/finetune"] - 1 and len(log) == 25
     assert cli(*SMALL, "--model", "tuned", "--out", "next", model=False)[0] == 0  # a run is a model
@@ -593,14 +628,99 @@ def test_bfloat16_compute_trains_float32_master_weights(cli):
     assert {p.dtype for p in stored.values() if p.ndim == 2} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]], ids=["plain", "checkpointing"])
-def test_compiled_run_equals_eager(cli, monkeypatch, more):
-    if more:  # all that is computed twice: blocks, and the head piece by piece
+COMPILED = {"plain": [], "checkpointing": ["--gradient-checkpointing"], "anchored": ["--preset", "anchored", MIXED]}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_run_equals_eager(cli, monkeypatch, kind):
+    if kind == "checkpointing":  # all that is computed twice: blocks, and the head piece by piece
         monkeypatch.setattr(train, "CHUNK", 7 * TINY.vocab_size)
-    cli(*SMALL, "--epochs", "0.8", "--out", "a")
-    assert cli(*SMALL, "--epochs", "0.8", "--out", "b", "--compile", *more)[0] == 0
+    arguments = [*SMALL, *COMPILED[kind], "--epochs", "0.8"]
+    cli(*arguments, "--no-gradient-checkpointing", "--out", "a")
+    assert cli(*arguments, "--out", "b", "--compile")[0] == 0
     for a, b in zip(records("a"), records("b"), strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------- memory positions
+
+
+ANCHORED = [*SMALL, "--preset", "anchored", MIXED]
+
+
+def marked_by(model, tiny, tau=-4.0) -> list[data.Example]:
+    """The forget examples of SMALL, marked outside of any run."""
+    sets = [data.Tokenizer(tiny).encode_rows(tofu.load_rows(n)) for n in ("toy_forget10[:10]", "toy_retain90[:20]")]
+    return mark_memory(model, *sets, tau)
+
+
+def kept(folder) -> dict:
+    return json.loads(Path(folder, "memory.json").read_text())
+
+
+def test_an_anchored_run_trains_on_the_memory_of_its_start_and_keeps_it(cli, tiny, monkeypatch, capsys):
+    original, seen = train.compute_gradients, []
+    monkeypatch.setattr(train, "compute_gradients", lambda *a: seen.append(a[3]) or original(*a))
+    assert train.main([*ANCHORED, "--model", str(tiny), "--no-eval", "--out", "a"]) == 0
+    expected = marked_by(load_pretrained(tiny), tiny)
+    record = kept("a")
+    assert record == json.loads(json.dumps(memory_record(expected, -4.0))) and 0.1 < record["share"] < 0.9
+    assert f"memory: {record['share']:.0%} of the forget answers' tokens, a/memory.json" in capsys.readouterr().out
+    flags = {e.key: e.memory for e in expected}
+    drawn = {role: [e for parts in seen for [e] in parts[role].groups] for role in dipo.ROLES}
+    assert len(drawn["forget"]) == 20 and all(e.memory == flags[e.key] for e in drawn["forget"])
+    assert all(e.memory is None for e in drawn["retain"])
+    files = {"config.json", "log.jsonl", "model", "summary.json", "memory.json"}
+    assert {p.name for p in Path("a").iterdir()} == files
+
+
+def test_memory_positions_depend_on_no_seed_and_no_batch(cli):
+    """In files of their own: the toy's rows are its seed's."""
+    arguments = [*ANCHORED]
+    for role, name in (("forget", "toy_forget10[:10]"), ("retain", "toy_retain90[:20]")):
+        lines = [json.dumps({"question": row.question, "answer": row.answer}) for row in tofu.load_rows(name)]
+        Path(f"{role}.jsonl").write_text("\n".join(lines))
+        arguments += [f"--{role}", f"{role}.jsonl"]
+    for name, flags in {"a": [], "b": ["--seed", 1], "c": ["--micro-batch-size", 4, "--batch-size", 5]}.items():
+        assert cli(*arguments, *flags, "--out", name)[0] == 0
+    assert kept("a") == kept("b") == kept("c") and len(kept("a")["rows"]) == 10 and records("a") != records("b")
+    assert cli(*arguments, "--tau", "-2", "--out", "d")[0] == 0
+    assert kept("d")["tau"] == -2 and kept("d")["share"] < kept("a")["share"]
+    assert all({*positions} <= {*kept("a")["rows"][key]} for key, positions in kept("d")["rows"].items())
+
+
+@claim("an interrupted anchored run goes on to the same bits: memory is told by the start of the run, not by the checkpoint")
+def test_an_interrupted_anchored_run_resumes_exactly(cli, tiny, monkeypatch):
+    arguments = [*ANCHORED, "--lr", "1e-2"]
+    cli(*arguments, "--out", "whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert cli(*arguments, "--out", "cut")[0] == 130
+    halfway = load_pretrained(tiny)
+    assert train.load_checkpoint(Path("cut"), halfway, train.make_optimizer(halfway, train.Config())) == 3
+    assert memory_record(marked_by(halfway, tiny), -4.0)["rows"] != kept("whole")["rows"]  # it would tell them otherwise
+    Path("cut/memory.json").unlink()
+    assert cli("--resume", "--out", "cut", model=False)[0] == 0
+    assert same(weights("cut"), weights("whole")) and records("cut") == records("whole") and kept("cut") == kept("whole")
+
+
+def test_every_position_is_forgotten_on_request_and_then_no_retain_set_is_needed(cli):
+    everything = [*SMALL, "--forget-loss", "anchored", "--positions", "all"]
+    assert cli(*everything, "--retain-loss", "none", "--out", "a")[0] == 0
+    assert not Path("a/memory.json").exists() and records("a")[-1]["anchor/forget"] > 0
+    assert cli(*everything, "--retain-loss", "anchored", "--out", "b")[0] == 0
+    assert cli(*ANCHORED, "--tau", "-100", "--out", "c")[0] == 0
+    assert records("b") == records("c") and kept("c")["share"] == 1 and not Path("b/memory.json").exists()
+
+
+def test_kappa_holds_the_policy_at_its_target(cli):
+    """At the start the retain anchor is zero, the policy being the reference."""
+    for kappa in ("0.0", "1.0"):
+        assert cli(*ANCHORED, "--kappa", kappa, "--out", kappa)[0] == 0
+    first, free, held = records("0.0")[0], records("0.0")[-1], records("1.0")[-1]
+    assert first["anchor/retain"] < 1e-6 < first["anchor/forget"]
+    assert held["anchor/forget"] < free["anchor/forget"] and held["anchor/retain"] < free["anchor/retain"]
+    assert free["loss"] < 2 * math.log(2) < records("1.0")[0]["loss"]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -784,7 +904,8 @@ def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_opt
     second = capsys.readouterr().out
     assert "training on" in first and "training on" not in second
     runs = sorted(p.name for p in Path("runs").iterdir() if p.name.startswith("toy_"))
-    assert runs == ["toy_forget10__8_-dipo-dipo-001", "toy_forget10__8_-dipo-dipo-002"]
+    assert runs == ["toy_forget10__8_-anchored-anchored-001", "toy_forget10__8_-anchored-anchored-002"]
+    assert "memory: " in first and len(kept(Path("runs") / runs[0])["rows"]) == 8
     one, two = (json.loads((Path("runs") / r / "summary.json").read_text()) for r in runs)
     assert one.pop("model") != two.pop("model") and one == two
 
@@ -830,7 +951,7 @@ def test_each_failure_is_told_with_its_remedy(given, expected):
 
 
 def test_a_run_that_fails_prints_its_hints(cli, tiny, short_options, capsys):
-    arguments = [*SMALL, *EVAL, "--retain-model", tiny, "--out", "a", "--epochs", "1", "--eval-every", "1"]
+    arguments = [*SMALL, *EVAL, "--out", "a", "--epochs", "1", "--eval-every", "1"]
     assert train.main([*map(str, arguments), "--model", str(tiny), "--lr", "1e-9"]) == 0
     out = capsys.readouterr().out
     kept = json.loads(Path("a/summary.json").read_text())["hints"]
@@ -854,8 +975,17 @@ BAD = {
     "missing refusals": (["--forget-loss", "dpo", "--refusals", "none.txt"], "none.txt"),
     "toy vocabulary": (["--toy-vocabulary", "100"], "at least 400"),
     "unknown preset": (["--preset", "best"], "unknown"),
-    "unknown loss": (["--forget-loss", "wag"], "forget loss 'wag' is none of dipo, npo"),
-    "loss of the other set": (["--retain-loss", "ga"], "retain loss 'ga' is none of dipo, gd, kl"),
+    "unknown loss": (["--forget-loss", "wag"], "forget loss 'wag' is none of dipo, anchored, npo, anchored-npo"),
+    "loss of the other set": (["--retain-loss", "ga"], "retain loss 'ga' is none of dipo, anchored, gd, kl"),
+    "kappa of no anchor": (["--kappa", "0.1"], "--kappa: is of anchored losses, and neither dipo nor dipo is one"),
+    "tau of no anchor": (["--tau", "1", "--forget-loss", "npo"], "--tau: is of anchored losses, and neither npo nor dipo"),
+    "positions of no anchor": (["--positions", "all"], "--positions: is of anchored losses"),
+    "kappa of finetuning": (["--finetune", "toy_full", "--kappa", "0.1"], "--kappa: is of anchored losses"),
+    "memory without a retain set": (["--preset", "anchored", "--retain-loss", "none"], "name a retain loss"),
+    "memory of NPO without one": (["--forget-loss", "anchored-npo", "--retain-loss", "none"], "name a retain loss"),
+    "tau no number": (["--preset", "anchored", "--tau", "nan"], "--tau nan: must be a number of nats"),
+    "tau without end": (["--preset", "anchored", "--tau=-inf"], "--tau -inf: must be a number of nats; --positions all"),
+    "negative kappa": (["--preset", "anchored", "--kappa=-1"], "--kappa -1.0: must not be negative"),
     "beta of none": (["--forget-loss", "ga", "--beta", "1"], "ga has none"),
     "unknown device": (["--device", "warp"], "--device warp"),
     "broken retain log": (["--retain-logs", "nothing.json"], "nothing.json"),
@@ -913,9 +1043,28 @@ def test_the_papers_hyper_parameters_are_the_defaults():
     )
 
 
+def test_the_toy_is_anchored_and_a_preset_over_a_data_set_says_which_losses():
+    """`--preset paper` on the toy is the run that this repository had first: the toy's settings, the paper's losses."""
+    papers, toys = train.make_config({"preset": "paper"}), train.make_config({})
+    both = {"forget_loss": "anchored", "retain_loss": "anchored"}
+    assert papers.objective == dipo.Objective() and toys == dataclasses.replace(papers, preset="toy", **both)
+    assert (papers.lr, papers.epochs, papers.batch_size, papers.warmup_epochs) == (4e-4, 10, 16, 1)
+    assert (papers.weight_decay, papers.schedule, papers.eval_every, papers.max_new_tokens) == (0.01, "linear", 2, 24)
+    for real in ({"model": "llama2-7b", "forget": "tofu_forget10"}, {"model": "muse-news", "forget": "muse_news"}):
+        plain, anchored = (train.make_config(real | more) for more in ({}, {"preset": "anchored"}))
+        assert anchored == dataclasses.replace(plain, preset="anchored", **both)
+        assert plain.objective == dipo.Objective() and anchored.lr == 1e-5
+        assert anchored.schedule == {"tofu_forget10": "linear", "muse_news": "constant"}[real["forget"]]
+    typed = train.make_config({"preset": "anchored", "forget_loss": "npo", "lr": 0.1})
+    assert (typed.forget_loss, typed.retain_loss, typed.lr, typed.batch_size) == ("npo", "anchored", 0.1, 16)
+    finetuning = train.make_config({"model": "x", "finetune": "toy_full"})
+    assert (finetuning.preset, finetuning.lr) == ("paper", 1e-5)
+
+
 def test_docs_running_documents_exactly_the_logged_keys(cli):
     cli(*SMALL, "--out", "a")
     cli("--finetune", "toy_full[:4]", "--epochs", "1", "--out", "b")
-    logged = {key for run in "ab" for key in json.loads(Path(run, "log.jsonl").read_text().splitlines()[0])}
+    cli(*ANCHORED, "--out", "c")
+    logged = {key for run in "abc" for key in json.loads(Path(run, "log.jsonl").read_text().splitlines()[0])}
     page = (Path(train.__file__).parent / "docs/running.md").read_text().split("Keys of `log.jsonl`")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `([^`]+)` \|", page, re.M)) == logged

@@ -1,0 +1,158 @@
+"""Anchored DiPO: which of its three changes does what, the front over kappa, long training, and larger vocabularies.
+
+python experiments/anchored.py --scale toy
+
+The rate and kappa are those that `baselines.py` chose for it, and so are the settings of DiPO and NPO+GD beside it.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import sys
+from functools import partial
+
+from common import (
+    FLOOR,
+    METHODS,
+    NEEDED,
+    Lab,
+    color,
+    columns,
+    describe,
+    job,
+    main,
+    markdown,
+    measured,
+    note,
+    prepare_toy,
+    scatter,
+    share,
+    speaking,
+    spread,
+    subplots,
+    toy_flags,
+    tune,
+)
+
+OURS = "anchored DiPO"
+# What is as in anchored DiPO stands in no flag, so that its runs are shared.
+PAIRS, POSITIONS = {"reference": "", "policy": "--pair-from policy"}, {"memory": "", "all": "--positions all"}
+KAPPAS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
+LONG = ("DiPO", "NPO+GD", OURS)  # the methods that train longer
+VOCABULARIES = (1000, 8000, 49000)
+
+Setting = dict[str, float]
+
+
+def ablation(lab: Lab, setting: Setting, axis) -> str:
+    """Pair, positions and anchor, each as in anchored DiPO or as in DiPO: all eight, at the chosen rate and another."""
+    scale, seeds = lab.scale, lab.scale.seeds
+    rates = [setting["lr"], *[rate for rate in scale.rates[::-1] if rate != setting["lr"]][:1]]
+    anchors = {"yes": setting["kappa"], "no": 0.0}
+    every = list(itertools.product(PAIRS, POSITIONS, anchors))[:: 7 if scale.small else 1]
+    jobs = {
+        (rate, (pair, place, anchor)): [
+            job(scale, scale.forgets[-1], seed, METHODS[OURS], {"lr": rate, "kappa": anchors[anchor]},
+                f"{PAIRS[pair]} {POSITIONS[place]}")
+            for seed in seeds
+        ]
+        for rate in rates for pair, place, anchor in every
+    }  # fmt: skip
+    found = iter(lab.run([j for group in jobs.values() for j in group], "the three changes", NEEDED))
+    records = {key: [next(found) for _ in seeds] for key in jobs}
+    text = ""
+    for rate in rates:
+        rows = [[*one, *columns(records[rate, one]).values()] for one in every]
+        head = ["pair from", "positions", "anchor", *columns(records[rate, every[0]])]
+        text += f"**The three changes**, rate {rate:g}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
+    told = {f"{pair}, {place}, anchor: {anchor}": speaking(records[rates[0], (pair, place, anchor)])
+            for pair, place, anchor in every}  # fmt: skip
+    level = measured(records[rates[0], every[0]], "language", "retrained")
+    against = "language (dotted: the retrained model's)"
+    scatter(axis, told, f"the three changes, rate {rates[0]:g}", against, statistics.fmean(level) if level else None)
+    axis.legend(fontsize=7)
+    return text
+
+
+def front(lab: Lab, setting: Setting, axis) -> str:
+    """How much anchor: forget quality against language."""
+    scale, seeds = lab.scale, lab.scale.seeds[:3]
+    kappas = KAPPAS[: 2 if scale.small else None]
+    jobs = [job(scale, scale.forgets[-1], seed, METHODS[OURS], setting | {"kappa": k}) for k in kappas for seed in seeds]
+    found = iter(lab.run(jobs, "kappa", NEEDED))
+    records = {f"{kappa:g}": [next(found) for _ in seeds] for kappa in kappas}
+    for key, look in (("forget_quality", "o-"), ("language", "s--")):
+        means = {kappa: statistics.fmean(values) for kappa, runs in records.items() if (values := measured(runs, key))}
+        axis.plot([*means], [*means.values()], look, label=key.replace("_", " "))
+    axis.set(xlabel="kappa", title=f"the anchor's weight, rate {setting['lr']:g}", ylim=(0, 1.05))
+    axis.legend(fontsize=8)
+    return f"**The anchor's weight**, rate {setting['lr']:g}. {note(seeds)}\n\n{table('kappa', records)}\n\n"
+
+
+def long_training(lab: Lab, chosen: dict[str, Setting], axis) -> str:
+    """Many more epochs: does it stay where the anchor stops it?"""
+    scale, seeds = lab.scale, lab.scale.seeds[:3]
+    names, epochs, every = (LONG[-1:], 2, 1) if scale.small else (LONG, 50 if scale.name == "toy" else 20, 5)
+    more = f"--epochs {epochs} --eval-every {every}"
+    jobs = [job(scale, scale.forgets[-1], seed, METHODS[name], chosen[name], more) for name in names for seed in seeds]
+    found = iter(lab.run(jobs, f"{epochs} epochs", NEEDED))
+    rows = []
+    for i, name in enumerate(names):
+        records = [next(found) for _ in seeds]
+        ended = [r for r in records if "error" not in r]
+        best = [max(r["trajectory"], key=lambda p: p["forget_quality"]) for r in ended]
+        then = [[p["forget_quality"] for p in best], [share(p, r) for p, r in zip(best, ended, strict=True)]]
+        cells = [spread([float(p["epoch"]) for p in best], 0), *map(spread, then)] if best else ["broke down", "", ""]
+        at_the_end = columns(records)
+        rows.append([name, *cells, *at_the_end.values(), describe(chosen[name])])
+        for run in ended:
+            curve = [(p["epoch"], max(p["forget_quality"], FLOOR)) for p in run["trajectory"]]
+            look = {"color": color(name, i)} | ({"label": name} if run is ended[0] else {"alpha": 0.4})
+            axis.semilogy(*zip(*curve, strict=True), ".-", **look)
+    axis.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
+    axis.set(xlabel="epoch", ylabel="forget quality", ylim=(FLOOR / 2, 2), title=f"{epochs} epochs")
+    axis.legend(fontsize=8)
+    head = ["", "best at epoch", "best forget quality", "utility / target's then"]
+    head += [*(f"at the end: {label}" for label in at_the_end), "setting"]
+    return f"**{epochs} epochs**, evaluated every {every}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
+
+
+def vocabularies(lab: Lab, chosen: dict[str, Setting], axis) -> str:
+    """A larger vocabulary makes fewer, longer tokens of a name: do selection and settings carry over? On the toy."""
+    scale, seed, groups = lab.scale, lab.scale.seeds[0], {}
+    if not (sizes := {"toy": VOCABULARIES, "smoke": VOCABULARIES[:1]}.get(scale.name)):
+        axis.set_axis_off()
+        return ""
+    for size in sizes:
+        if size != VOCABULARIES[0]:
+            flags, prepare = partial(toy_flags, vocabulary=size), partial(prepare_toy, vocabulary=size)
+            lab.scale = dataclasses.replace(scale, flags=flags, prepare=prepare)
+        jobs = {name: job(lab.scale, scale.forgets[-1], seed, METHODS[name], chosen[name]) for name in ("DiPO", OURS)}
+        for name, record in zip(jobs, lab.run([*jobs.values()], f"vocabulary {size}", NEEDED), strict=True):
+            groups[f"{name}, {size:,} tokens"] = [record]
+    lab.scale = scale
+    scatter(axis, {name: speaking(runs) for name, runs in groups.items()}, f"vocabularies, seed {seed}", "language", None)
+    axis.legend(fontsize=8)
+    return f"**Vocabularies**, seed {seed}.\n\n{table('', groups)}\n\n"
+
+
+def table(first: str, groups: dict[str, list[dict]]) -> str:
+    """A row of `columns` for each group of records."""
+    rows = {name: columns(records) for name, records in groups.items()}
+    return markdown([first, *next(iter(rows.values()))], [[name, *row.values()] for name, row in rows.items()])
+
+
+def experiment(lab: Lab) -> None:
+    scale = lab.scale
+    chosen = tune(lab, {name: METHODS[name] for name in LONG})
+    figure, axes = subplots(2, 2, size=(5.5, 4.5))
+    text = ablation(lab, chosen[OURS], axes[0][0])
+    text += front(lab, chosen[OURS], axes[0][1])
+    text += long_training(lab, chosen, axes[1][0])
+    text += vocabularies(lab, chosen, axes[1][1])
+    settings = "; ".join(f"{name} {describe(setting)}" for name, setting in chosen.items())
+    lab.write(f"{text}{scale.name}, {scale.forgets[-1]}. Settings where nothing else is said: {settings}.", figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main("anchored", __doc__, experiment))

@@ -1,0 +1,172 @@
+"""Which tokens are memory? Other signals than the n-gram, and other wordings of the answers, on the toy.
+
+python experiments/selection.py
+
+Each variant is a function in the place of `memory.mark_memory`, so that it can be read and thrown away; none is a flag.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+import torch
+from common import METHODS, RUNS, Job, Lab, Plan, call, do, job, main, markdown, note, share, spread, subplots
+from tqdm import tqdm
+from wordings import wordings, write_rows
+
+import eval as evaluation
+import memory
+import train
+from config import make_config
+from data import Example, pack
+from dipo import token_nll
+from files import read_json
+from model import load_pretrained
+from tofu import Tofu
+
+NEAREST, OTHERS = 32, 8
+COPY = -1  # in place of what an answer copies from its question
+
+
+def marked(model, forget: Sequence[Example], tau: float, explained: Callable[[Example], list[float]]) -> list[Example]:
+    """As `memory.mark_memory`, with any g: explained(example) -> g(y_t | s_t) of each answer token."""
+    found = []
+    for example in forget:
+        surprise = [-nll - math.log(g) for nll, g in zip(losses(model, example), explained(example), strict=True)]
+        found.append(replace(example, memory=tuple(x > tau for x in surprise)))
+    return found
+
+
+def losses(model, example: Example) -> list[float]:
+    batch = pack([example])
+    with torch.no_grad():
+        return token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
+
+
+def another_question(model, forget, retain, tau):
+    """g = the reference's own probability of y_t behind the questions of others, the answer so far kept; no counting."""
+
+    def explained(example: Example) -> list[float]:
+        prompt, answer = set(example.ids[: example.prompt_length]), example.ids[example.prompt_length :]
+        others = [retain[97 * k % len(retain)] for k in range(OTHERS)]
+        swapped = [Example("", e.ids[: e.prompt_length] + answer, e.prompt_length) for e in others]
+        mean = [
+            sum(math.exp(-x) for x in column) / OTHERS for column in zip(*(losses(model, e) for e in swapped), strict=True)
+        ]
+        return [memory.COPIED if token in prompt else max(memory.FLOOR, p) for token, p in zip(answer, mean, strict=True)]
+
+    return marked(model, forget, tau, explained)
+
+
+def without_names(example: Example) -> list[int]:
+    """The ids, each run of answer tokens that stand in the prompt in one COPY: "The birthplace of COPY is" is of anybody."""
+    prompt, ids = set(example.ids[: example.prompt_length]), list(example.ids[: example.prompt_length])
+    for token in example.ids[example.prompt_length :]:
+        if token not in prompt:
+            ids.append(token)
+        elif ids[-1] != COPY:
+            ids.append(COPY)
+    return ids
+
+
+def nearest_questions(model, forget, retain, tau):
+    """g = the larger of two n-grams without names: of the retain set, and of the NEAREST retain questions by shared words
+    (rare ones count more). Asks how the retain set answers *such* questions."""
+    every = memory.NGram(map(without_names, retain), model.config.vocab_size + 1)
+    words = [{*e.ids[: e.prompt_length]} for e in retain]
+    seen = Counter(token for w in words for token in w)
+    weight = {token: math.log((len(words) + 1) / count) for token, count in seen.items()}
+
+    def explained(example: Example) -> list[float]:
+        question, prompt = {*example.ids[: example.prompt_length]} & {*weight}, {*example.ids[: example.prompt_length]}
+
+        def similarity(i: int) -> float:
+            shared, all_ = (sum(weight[t] for t in tokens) for tokens in (question & words[i], question | words[i]))
+            return shared / all_ if all_ else 0.0
+
+        near = sorted(range(len(retain)), key=lambda i: (-similarity(i), i))[:NEAREST]
+        local = memory.NGram((without_names(retain[i]) for i in near), model.config.vocab_size + 1)
+        before, found = list(example.ids[: example.prompt_length]), []
+        for token in example.ids[example.prompt_length :]:
+            if token in prompt:
+                found.append(memory.COPIED)
+                before += [COPY] if before[-1] != COPY else []
+            else:
+                found.append(max(memory.FLOOR, *(ngram.probability(before, token) for ngram in (every, local))))
+                before.append(token)
+        return found
+
+    return marked(model, forget, tau, explained)
+
+
+VARIANTS = {  # name -> (in place of mark_memory, flags, with other wordings)
+    "n-gram of the retain set (ours)": (memory.mark_memory, "", False),
+    "the same, tau 3": (memory.mark_memory, "--tau 3", False),
+    "the reference behind others' questions": (another_question, "", False),
+    "n-grams without names, and of the nearest questions, tau 1.5": (nearest_questions, "--tau 1.5", False),
+    "n-gram (ours), 3 more wordings an answer": (memory.mark_memory, "--epochs 2.5", True),
+    "nearest questions, tau 1.5, 3 more wordings": (nearest_questions, "--tau 1.5 --epochs 5", True),
+}
+
+
+def run(item: Job, mark: Callable) -> dict:
+    with mock.patch.object(train, "mark_memory", mark):
+        return do(item, quiet=True)
+
+
+def wordings_file(forget: str, seed: int) -> Path:
+    return RUNS / "experiments" / f"wordings-{forget}-{seed}.jsonl"
+
+
+def write_wordings(forget: str, seed: int) -> None:
+    """The target's own other wordings of the forget set's answers."""
+    with redirect_stdout(StringIO()):
+        target, _ = train.toy_models(make_config({"forget": f"toy_{forget}", "seed": seed}))
+    source, rows = evaluation.open_source(str(target), "target"), Tofu.load(f"toy_{forget}", None, seed)
+    write_rows(wordings_file(forget, seed), wordings(load_pretrained(source.folder), source.tokenizer, rows, 3, 24))
+
+
+def experiment(lab: Lab) -> None:
+    scale, forget = lab.scale, lab.scale.forgets[-1]
+    method, setting, jobs = METHODS["anchored DiPO"], {"lr": 8e-4, "kappa": 0.02}, {}
+    for name, (_, flags, more) in VARIANTS.items():
+        for seed in scale.tuning_seeds:
+            item = job(scale, forget, seed, method, setting, "" if scale.small else flags)
+            line = item.line.replace(f"--forget toy_{forget}", f"--forget toy_{forget}+{wordings_file(forget, seed)}", 1)
+            jobs[f"{name}, seed {seed}"] = replace(item, line=line) if more else item
+    if isinstance(lab, Plan):
+        lab.run([*jobs.values()])
+    kept = lab.folder / f"{lab.name}.json"
+    records = read_json(kept)["records"] if kept.exists() else {}
+    for key, item in tqdm(jobs.items(), desc=lab.name, unit="run"):
+        if key not in records:
+            call(scale.prepare, forget, item.seed, quiet=True)
+            if "wordings-" in item.line:
+                write_wordings(forget, item.seed)
+            records[key] = run(item, VARIANTS[key.rpartition(", seed")[0]][0])
+            lab.keep(records)
+    rows, points = [], {}
+    for name in VARIANTS:
+        found = [records[f"{name}, seed {seed}"] for seed in scale.tuning_seeds]
+        scores = [r["unlearned"] for r in found]
+        points[name] = [(s["language"], s["forget_quality"]) for s in scores]
+        columns = [s["forget_quality"] for s in scores], [share(s, r) for s, r in zip(scores, found, strict=True)]
+        columns += [s["parts"]["retain_probability"] for s in scores], [s["language"] for s in scores]
+        rows.append([name, *map(spread, columns)])
+    text = markdown([forget, "forget quality", "utility / target's", "retain probability", "language"], rows)
+    figure, axes = subplots(1, 1, size=(6, 4.5))
+    for name, places in points.items():
+        axes[0][0].semilogy(*zip(*places, strict=True), "o", label=name)
+    axes[0][0].set(xlabel="language", ylabel="forget quality", title=f"{scale.name}, {forget}: which tokens are memory")
+    axes[0][0].legend(fontsize=7)
+    lab.write(f"{text}\n\n{note(scale.tuning_seeds)} Learning rate 8e-4, kappa 0.02.", figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main("selection", __doc__, experiment, ("toy", "smoke")))

@@ -1,0 +1,213 @@
+"""memory.py: what the retain set explains, and which positions of a forget answer are memory."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from claims import claim
+from helpers import make_tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import data
+import memory
+import tofu
+from data import Example
+from memory import NGram, explained, mark_memory, memory_record
+
+V = 4
+TEXTS = st.lists(st.lists(st.integers(0, V - 1), max_size=12), max_size=5)
+IDS = st.lists(st.integers(0, V - 1), max_size=7)
+
+
+@st.composite
+def examples(draw) -> Example:
+    ids = draw(st.lists(st.integers(0, V - 1), min_size=2, max_size=9))
+    return Example("x/0", tuple(ids), draw(st.integers(1, len(ids) - 1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ the n-gram
+
+
+def witten_bell(texts: list[list[int]], before: list[int], token: int) -> float:
+    """P(token | before) by counting in the texts: all of `before` is the context."""
+    n = len(before)
+    followers = [text[i + n] for text in texts for i in range(len(text) - n) if text[i : i + n] == before]
+    shorter = witten_bell(texts, before[1:], token) if before else 1 / V
+    kinds = len(set(followers))
+    return (followers.count(token) + kinds * shorter) / (len(followers) + kinds) if followers else shorter
+
+
+@given(TEXTS, IDS, st.integers(0, 5))
+@claim("the n-gram is Witten and Bell's, interpolated, of the last 4 tokens: all counts made anew give the same")
+def test_the_ngram_is_witten_bells(texts, before, context):
+    ngram = NGram(texts, V, context)
+    for token in range(V):
+        expected = witten_bell(texts, before[max(0, len(before) - context) :], token)
+        assert ngram.probability(before, token) == pytest.approx(expected, rel=1e-12)
+    assert NGram(texts, V).context == memory.CONTEXT == 4
+
+
+@given(TEXTS, IDS, st.integers(0, 5))
+@claim("the n-gram's probabilities sum to one after any context, seen or not, and none is zero")
+def test_the_ngram_sums_to_one(texts, before, context):
+    probabilities = [NGram(texts, V, context).probability(before, token) for token in range(V)]
+    assert sum(probabilities) == pytest.approx(1, rel=1e-12) and min(probabilities) > 0
+
+
+@given(st.data(), TEXTS, IDS)
+@claim("the n-gram depends on no order of its texts")
+def test_the_ngram_depends_on_no_order_of_its_texts(draw, texts, before):
+    """To the bit: it counts."""
+    one, other = NGram(texts, V), NGram(iter(draw.draw(st.permutations(texts))), V)
+    assert [one.probability(before, t) for t in range(V)] == [other.probability(before, t) for t in range(V)]
+
+
+@given(TEXTS, IDS, st.integers(0, V - 1))
+def test_an_unseen_context_leaves_what_the_shorter_one_says(texts, before, token):
+    """V is no token of any text."""
+    ngram = NGram(texts, V + 1)
+    assert ngram.probability([*before, V], token) == ngram.probability([], token)
+    assert ngram.probability([V, *before[-2:]], token) == ngram.probability(before[-2:], token)
+
+
+def test_the_ngram_by_hand():
+    """After 0 came 1, 1, 2. P(1) = (2 + 3/4) / (6 + 3) of 0, 1, 0, 1, 0, 2, and then two more kinds after 0."""
+    ngram = NGram([[0, 1], [0, 1], [0, 2]], 4)
+    assert ngram.probability([], 1) == pytest.approx((2 + 3 / 4) / 9)
+    assert ngram.probability([3, 0], 1) == pytest.approx((2 + 2 * (2 + 3 / 4) / 9) / 5)
+    assert ngram.probability([3, 0], 3) == pytest.approx(2 * (3 / 4 / 9) / 5)
+    assert NGram([], 4).probability([0, 1], 2) == 1 / 4
+
+
+# ------------------------------------------------------------------------------------------------- what g holds for known
+
+
+@given(TEXTS, examples())
+@claim("g(y_t) is the n-gram's probability, at least 0.02, and at least 0.9 for a token that stands in the prompt")
+def test_what_is_explained_is_the_ngram_or_copied_or_the_floor(texts, example):
+    """The prompt's tokens are context, too."""
+    assert (memory.COPIED, memory.FLOOR) == (0.9, 0.02)
+    found, ids, n = explained(NGram(texts, V), example), list(example.ids), example.prompt_length
+    assert len(found) == example.answer_length
+    for i, g in enumerate(found, n):
+        expected = max(witten_bell(texts, ids[max(0, i - 4) : i], ids[i]), 0.02)
+        assert g == pytest.approx(max(expected, 0.9) if ids[i] in ids[:n] else expected, rel=1e-12)
+
+
+def test_a_rare_token_is_explained_to_the_floor_and_what_the_answer_repeats_is_not_copied():
+    """Of a large vocabulary; the answer names token 900 twice, and the prompt never does."""
+    ngram = NGram([[1, 2, 3]] * 50, 1000)
+    assert explained(ngram, Example("x/0", (7, 900, 900, 7), 1)) == [0.02, 0.02, 0.9]
+
+
+# -------------------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny) -> dict[str, list[Example]]:
+    """The tiny model is no better than chance: at tau = -4 about a third of the positions are memory."""
+    return {k: tiny.tokenizer.encode_rows(tofu.load_rows(f"toy_{k}[:8]")) for k in ("forget10", "retain90")}
+
+
+few = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@few
+@given(st.floats(-7, -1))
+@claim("position t is memory exactly where log pi_ref(y_t|s_t) - log g(y_t|s_t) > tau")
+def test_memory_is_what_surprises_the_explanation_by_more_than_tau(tiny, rows, tau):
+    """log pi_ref from the logits of the whole sequence."""
+    ngram = NGram([e.ids for e in rows["retain90"]], tiny.model.config.vocab_size)
+    marked = mark_memory(tiny.model, rows["forget10"], rows["retain90"], tau)
+    assert marked == rows["forget10"] and all(e.memory is None for e in rows["forget10"])
+    for e in marked:
+        with torch.no_grad():
+            log_p = tiny.model(torch.tensor([e.ids])).log_softmax(-1)[0].tolist()
+        at = range(e.prompt_length, len(e.ids))
+        surprise = [log_p[i - 1][e.ids[i]] - math.log(g) for i, g in zip(at, explained(ngram, e), strict=True)]
+        assert e.memory is not None and len(e.memory) == e.answer_length
+        assert [m for m, x in zip(e.memory, surprise, strict=True) if abs(x - tau) > 1e-4] == [
+            x > tau for x in surprise if abs(x - tau) > 1e-4
+        ]
+
+
+@few
+@given(st.data(), st.floats(-7, -1))
+@claim("memory positions depend on no batch, no order of forget or retain rows, and not on the other forget rows")
+def test_memory_positions_depend_on_nothing_but_the_row_and_the_retain_set(tiny, rows, draw, tau):
+    forget, retain = rows["forget10"], rows["retain90"]
+    expected = {e.key: e.memory for e in mark_memory(tiny.model, forget, retain, tau)}
+    some = draw.draw(st.permutations(forget))[: draw.draw(st.integers(1, len(forget)))]
+    found = mark_memory(tiny.model, some, draw.draw(st.permutations(retain)), tau)
+    assert [(e.key, e.memory) for e in found] == [(e.key, expected[e.key]) for e in some]
+    marked = dataclasses.replace(forget[0], memory=(True,) * forget[0].answer_length)  # what was marked before is not asked
+    assert mark_memory(tiny.model, [marked], retain, tau)[0].memory == expected[forget[0].key]
+
+
+@few
+@given(st.lists(st.floats(-9, 1), min_size=2, max_size=2))
+@claim("a larger tau leaves fewer memory positions, each of them one before; tau -> -infinity takes all")
+def test_memory_shrinks_as_tau_grows(tiny, rows, taus):
+    low, high = ([e.memory for e in mark_memory(tiny.model, *rows.values(), tau)] for tau in sorted(taus))
+    assert all(a >= b for x, y in zip(low, high, strict=True) for a, b in zip(x, y, strict=True))
+    every, none = ([m for e in mark_memory(tiny.model, *rows.values(), tau) for m in e.memory] for tau in (-100.0, 100.0))
+    assert all(every) and not any(none)
+
+
+class Sure:
+    """Of every token that it comes one after the one before. The part of a Llama that marks memory."""
+
+    def __init__(self, vocab_size: int):
+        self.config, self.device = type("Config", (), {"vocab_size": vocab_size}), torch.device("cpu")
+
+    def hidden_states(self, input_ids, at, **_):
+        return 100.0 * torch.nn.functional.one_hot(input_ids[0, at] + 1, self.config.vocab_size)
+
+    def lm_head(self, hidden):
+        return hidden
+
+
+def marks(example: Example, retain: list[tuple[int, ...]], tau: float = 2.0) -> list[bool]:
+    found = mark_memory(Sure(100), [example], [Example(f"r/{i}", ids, 1) for i, ids in enumerate(retain)], tau)
+    return list(found[0].memory)
+
+
+@claim("what the retain set or the question explains is no memory, however sure the reference is")
+def test_an_explained_token_is_no_memory():
+    answer = Example("x/0", (7, 50, 51, 52, 53), 1)  # the model is not sure of 50 after 7
+    others = [(1, 2, 3, 4)] * 500  # so that 20 more tokens of a kind are rare
+    assert marks(answer, []) == [False, True, True, True]
+    assert marks(answer, [(51, 52)] * 20 + others) == [False, True, False, True]  # often seen after 51
+    assert marks(answer, [(0, 52)] * 20 + others) == [False, True, True, True]  # after something else
+    asked = dataclasses.replace(answer, ids=(52, 50, 51, 52, 53))
+    assert marks(asked, []) == [False, True, False, True]  # stands in the prompt
+    assert marks(answer, [], tau=math.log(50) + 0.01) == [False] * 4  # the floor: no more than -log 0.02 above g
+    assert marks(answer, [], tau=math.log(50) - 0.01) == [False, True, True, True]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), max_size=5), st.floats(-5, 5))
+def test_the_record_holds_each_answers_positions_and_their_share(flags, tau):
+    rows = [Example(f"x/{i}", (0,) * (len(m) + 1), 1, tuple(m)) for i, m in enumerate(flags)]
+    record = memory_record(rows, tau)
+    assert record.keys() == {"tau", "share", "rows"} and record["tau"] == tau
+    every = list(itertools.chain(*flags))
+    assert record["share"] == pytest.approx(sum(every) / max(1, len(every)))
+    assert list(record["rows"]) == [e.key for e in rows]
+    for e in rows:
+        assert [i in record["rows"][e.key] for i in range(e.answer_length)] == list(e.memory)
+
+
+def test_a_mark_makes_no_other_example(tiny, rows):
+    """The cached reference, the draw and the refusals find a marked example by its tokens."""
+    plain = rows["forget10"][0]
+    marked = dataclasses.replace(plain, memory=(True,) * plain.answer_length)
+    assert marked == plain and hash(marked) == hash(plain) and {plain: 1}[marked] == 1
+    assert data.pack([marked]).memory.all() and data.pack([plain]).memory.all()
