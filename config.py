@@ -123,7 +123,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
     "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
 }
-TOY_ANCHORED = {"lr": 8e-4}  # over both, where the toy is forgotten with the preset anchored: its own, where no loss is named
+TOY_ANCHORED = {"lr": 8e-4}  # over both, for the toy with the preset anchored, which it has where no loss is named
 
 
 def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, bool]:

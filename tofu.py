@@ -105,8 +105,8 @@ def complement(forget: str) -> str:
 
 def evaluation_sets(forget: str, retain: str | None = None) -> dict[str, str]:
     """{'forget', 'retain', 'ra', 'wf'} -> data-set name. The forget set's slice is kept: `tofu_forget10[:40]` is evaluated
-    on `tofu_forget10_perturbed[:40]`; files of one's own beside it (`tofu_forget10+more.jsonl`) are not evaluated. retain: in
-    place of `retain_perturbed`. Raises DataError for any other set."""
+    on `tofu_forget10_perturbed[:40]`; files of one's own beside it (`tofu_forget10+more.jsonl`) are not evaluated. retain:
+    in place of `retain_perturbed`. Raises DataError for any other set."""
     parts = benchmark_parts(forget)
     prefix = parts[0][0].split("_")[0]
     kind = rf"{prefix}_forget\d+(_perturbed)?"

@@ -230,9 +230,9 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
 SMOLLM2_FORGET05 = dict(
     forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
     methods={
-        "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], rates=(2e-4,)),
-        "DiPO": dataclasses.replace(METHODS["DiPO"], rates=(4e-4,)),
-        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.005, 0.02), rates=(4e-4,)),
+        "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
+        "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05,), rates=(4e-4,)),
+        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.02,), rates=(4e-4,)),
     },
     remark="A slice: 200 forget and 300 retain questions, 4 epochs, evaluated on 200 and 50 of them, one seed.",
 )  # fmt: skip
@@ -502,11 +502,13 @@ def tune(lab: Lab, methods: dict[str, Method]) -> dict[str, dict[str, float]]:
 def budget(scale: Scale, methods: dict[str, Method]) -> str:
     rates = ", ".join(f"{r:g}" for r in scale.rates)
     lines = [
-        f"{name}: {m.coefficient} {m.values[0]:g}, {m.values[1]:g}" + (f" at lr {spell(m.rates)}" if m.rates else "")
+        f"{name}: {m.coefficient} {spell(m.values)}" + (f" at lr {spell(m.rates)}" if m.rates else "")
         for name, m in methods.items() if m.coefficient
     ]  # fmt: skip
     start = f"Learning rates {rates} (a method without a coefficient: twice as many), times " if rates else ""
     count = len(grid(next(iter(methods.values())), scale.rates))
+    if count == 1:
+        return f"No search: {'; '.join(lines)}. {scale.remark}".rstrip()
     return (
         f"Search: {count} settings a method, on {scale.forgets[-1]}, seeds {spell(scale.tuning_seeds)}. "
         f"{start}{'; '.join(lines)}. Chosen is the setting with the highest mean forget quality among those that keep "
