@@ -243,9 +243,9 @@ class Objective:
     center: bool = False
     pair_from: str | None = None
     reduction: str = "sum"
-    kappa: float = 0.02
+    kappa: float = 0.05
     positions: str = "memory"
-    tau: float = 2.0
+    tau: float = 1.5
 
     def parts(self) -> dict[str, tuple[str, float]]:
         """{role: (its loss, its weight)}: the parts of the total objective. Raises ValueError for a loss that LOSSES does

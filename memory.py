@@ -18,8 +18,10 @@ from dipo import token_nll
 from model import Llama
 
 CONTEXT = 4  # tokens that the n-gram looks back, at most
+NEAREST = 32  # retain questions that are most like one
+COPY = -1  # the token in place of what an answer copies from its question
 COPIED = 0.9  # a token of the question explains itself
-FLOOR = 0.02  # nothing is less explained than that: at tau = 2 nats the reference must give a memory token 0.15 or more
+FLOOR = 0.02  # nothing is less explained than that: at tau = 1.5 nats the reference must give a memory token 0.09 or more
 
 
 class NGram:
@@ -50,23 +52,77 @@ class NGram:
         return p
 
 
-def explained(ngram: NGram, example: Example) -> list[float]:
-    """g(y_t | s_t) of each answer token: the n-gram, or that the token stands in the prompt, or the floor."""
-    prompt = set(example.ids[: example.prompt_length])
-    answer = range(example.prompt_length, len(example.ids))
-    found = [(example.ids[i], ngram.probability(example.ids[max(0, i - ngram.context) : i], example.ids[i])) for i in answer]
-    return [max(p, FLOOR, COPIED if token in prompt else 0.0) for token, p in found]
+def question(example: Example) -> tuple[int, ...]:
+    """The prompt's tokens, its format among them."""
+    return example.ids[: example.prompt_length]
+
+
+def without_copies(example: Example) -> list[int]:
+    """The ids, with one COPY in place of each run of answer tokens that stand in the prompt: "COPY was born in" is said of
+    anybody."""
+    ids = list(question(example))
+    for token in example.ids[example.prompt_length :]:
+        if token not in question(example):
+            ids.append(token)
+        elif ids[-1] != COPY:
+            ids.append(COPY)
+    return ids
+
+
+class Explanation:
+    """g, a predictor of answer tokens made of what may be kept: the retain set, and the question itself.
+
+    Two n-grams, of all retain examples and of those whose questions are most like this one: how the retain set speaks, and
+    how it answers *such* questions. Ours, because after the name of somebody unknown the first alone explains no word, and
+    the model would have to forget "was born in" with the place.
+    """
+
+    def __init__(self, retain: Sequence[Example], vocab_size: int):
+        self.retain, self.vocab_size = sorted(retain, key=lambda e: e.ids), vocab_size  # so that their order decides nothing
+        self.ngram = self.ngram_of(self.retain)
+        seen = Counter(token for e in self.retain for token in {*question(e)})
+        # Weights of words, as a search engine has them; those of most questions, and of the prompt's format, have none.
+        self.weight = {t: math.log(len(self.retain) / n) for t, n in seen.items() if n <= len(self.retain) / 2}
+        self.words = [{*question(e)} & self.weight.keys() for e in self.retain]
+
+    def ngram_of(self, examples: Iterable[Example]) -> NGram:
+        return NGram(map(without_copies, examples), self.vocab_size + 1)  # COPY is one more token
+
+    def nearest(self, example: Example) -> list[Example]:
+        """The NEAREST retain examples by the weight of the words that both questions have, over that of all they have."""
+        asked = {*question(example)} & self.weight.keys()
+
+        def likeness(words: set[int]) -> float:
+            shared, either = (math.fsum(self.weight[t] for t in x) for x in (asked & words, asked | words))
+            return shared / either if either else 0.0
+
+        likenesses = [likeness(words) for words in self.words]
+        return [self.retain[i] for i in sorted(range(len(self.retain)), key=lambda i: -likenesses[i])[:NEAREST]]
+
+    def of(self, example: Example) -> list[float]:
+        """g(y_t | s_t) of each answer token: COPIED where it stands in the prompt, else the larger of the two n-grams, but
+        not less than FLOOR."""
+        ngrams = self.ngram, self.ngram_of(self.nearest(example))
+        before, found = list(question(example)), list[float]()
+        for token in example.ids[example.prompt_length :]:
+            if token in question(example):
+                found.append(COPIED)
+                before += [COPY] * (before[-1] != COPY)
+            else:
+                found.append(max(FLOOR, *(ngram.probability(before, token) for ngram in ngrams)))
+                before.append(token)
+        return found
 
 
 @torch.no_grad()
 def mark_memory(model: Llama, forget: Sequence[Example], retain: Sequence[Example], tau: float) -> list[Example]:
     """The forget examples with their memory positions marked. `model` is the reference; each sequence is read alone, so that
     a position does not depend on what shares a batch with it."""
-    ngram, marked = NGram((e.ids for e in retain), model.config.vocab_size), []
+    explanation, marked = Explanation(retain, model.config.vocab_size), []
     for example in tqdm(forget, desc="memory positions", unit="sequence", leave=False):
         batch = pack([example]).to(model.device)
         nll = token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
-        surprise = [-loss - math.log(g) for loss, g in zip(nll, explained(ngram, example), strict=True)]
+        surprise = [-loss - math.log(g) for loss, g in zip(nll, explanation.of(example), strict=True)]
         marked.append(dataclasses.replace(example, memory=tuple(x > tau for x in surprise)))
     return marked
 

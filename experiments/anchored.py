@@ -37,7 +37,7 @@ from common import (
 OURS = "anchored DiPO"
 # What is as in anchored DiPO stands in no flag, so that its runs are shared.
 PAIRS, POSITIONS = {"reference": "", "policy": "--pair-from policy"}, {"memory": "", "all": "--positions all"}
-KAPPAS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
+KAPPAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 LONG = ("DiPO", "NPO+GD", OURS)  # the methods that train longer
 VOCABULARIES = (1000, 8000, 49000)
 

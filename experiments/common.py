@@ -70,8 +70,8 @@ METHODS = {
     "UNDIAL": Method("undial", "gd", "beta", (3.0, 10.0)),
     "WGA": Method("wga", "gd", "lam", (1.0, 5.0)),
     "DiPO": Method("dipo", "dipo", "beta", (0.02, 0.05)),
-    "anchored NPO+GD": Method("anchored-npo", "gd", "kappa", (0.01, 0.02)),  # the control: anchored DiPO without DiPO
-    "anchored DiPO": Method("anchored", "anchored", "kappa", (0.01, 0.02)),
+    "anchored NPO+GD": Method("anchored-npo", "gd", "kappa", (0.05, 0.1)),  # the control: anchored DiPO without DiPO
+    "anchored DiPO": Method("anchored", "anchored", "kappa", (0.05, 0.1)),
 }
 TABLE_5 = {
     "DiPO(f)": Method("dipo", "none", "beta", (0.02, 0.05)),
@@ -232,7 +232,7 @@ SMOLLM2_FORGET05 = dict(
     methods={
         "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
         "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05,), rates=(4e-4,)),
-        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.02,), rates=(4e-4,)),
+        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.05,), rates=(4e-4,)),
     },
     remark="A slice: 200 forget and 300 retain questions, 4 epochs, evaluated on 200 and 50 of them, one seed.",
 )  # fmt: skip

@@ -44,7 +44,7 @@ from data import fingerprint
 from muse import load_muse
 
 SHOWN = ("DiPO", "NPO+GD", "anchored DiPO")
-KAPPA = {"anchored DiPO": {"kappa": 0.02}}  # not searched
+KAPPA = {"anchored DiPO": {"kappa": 0.05}}  # not searched
 SCORES = {"VerbMem": "forget_verbmem_ROUGE", "KnowMem": "forget_knowmem_ROUGE", "PrivLeak": "privleak",
           "utility": "retain_knowmem_ROUGE"}  # fmt: skip
 RATES = {"smoke": (1e-3,), "toy": (1e-4, 2e-4, 4e-4, 8e-4), "smollm2": (2e-4, 4e-4), "llama2-7b": (5e-6, 1e-5, 2e-5)}
