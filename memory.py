@@ -89,7 +89,8 @@ class Explanation:
         return NGram(map(without_copies, examples), self.vocab_size + 1)  # COPY is one more token
 
     def nearest(self, example: Example) -> list[Example]:
-        """The NEAREST retain examples by the weight of the words that both questions have, over that of all they have."""
+        """The NEAREST retain examples by the weight of the words that both questions have, over that of all they have; none
+        that shares nothing."""
         asked = {*question(example)} & self.weight.keys()
 
         def likeness(words: set[int]) -> float:
@@ -97,7 +98,8 @@ class Explanation:
             return shared / either if either else 0.0
 
         likenesses = [likeness(words) for words in self.words]
-        return [self.retain[i] for i in sorted(range(len(self.retain)), key=lambda i: -likenesses[i])[:NEAREST]]
+        alike = [i for i, x in enumerate(likenesses) if x > 0]
+        return [self.retain[i] for i in sorted(alike, key=lambda i: -likenesses[i])[:NEAREST]]
 
     def of(self, example: Example) -> list[float]:
         """g(y_t | s_t) of each answer token: COPIED where it stands in the prompt, else the larger of the two n-grams, but

@@ -7,7 +7,6 @@ Each variant is a function in the place of `memory.mark_memory`, so that it can 
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -30,8 +29,7 @@ from files import read_json
 from model import load_pretrained
 from tofu import Tofu
 
-NEAREST, OTHERS = 32, 8
-COPY = -1  # in place of what an answer copies from its question
+OTHERS = 8
 
 
 def marked(model, forget: Sequence[Example], tau: float, explained: Callable[[Example], list[float]]) -> list[Example]:
@@ -53,9 +51,9 @@ def another_question(model, forget, retain, tau):
     """g = the reference's own probability of y_t behind the questions of others, the answer so far kept; no counting."""
 
     def explained(example: Example) -> list[float]:
-        prompt, answer = set(example.ids[: example.prompt_length]), example.ids[example.prompt_length :]
+        prompt, answer = memory.question(example), example.ids[example.prompt_length :]
         others = [retain[97 * k % len(retain)] for k in range(OTHERS)]
-        swapped = [Example("", e.ids[: e.prompt_length] + answer, e.prompt_length) for e in others]
+        swapped = [Example("", memory.question(e) + answer, e.prompt_length) for e in others]
         mean = [
             sum(math.exp(-x) for x in column) / OTHERS for column in zip(*(losses(model, e) for e in swapped), strict=True)
         ]
@@ -64,54 +62,25 @@ def another_question(model, forget, retain, tau):
     return marked(model, forget, tau, explained)
 
 
-def without_names(example: Example) -> list[int]:
-    """The ids, each run of answer tokens that stand in the prompt in one COPY: "The birthplace of COPY is" is of anybody."""
-    prompt, ids = set(example.ids[: example.prompt_length]), list(example.ids[: example.prompt_length])
-    for token in example.ids[example.prompt_length :]:
-        if token not in prompt:
-            ids.append(token)
-        elif ids[-1] != COPY:
-            ids.append(COPY)
-    return ids
-
-
-def nearest_questions(model, forget, retain, tau):
-    """g = the larger of two n-grams without names: of the retain set, and of the NEAREST retain questions by shared words
-    (rare ones count more). Asks how the retain set answers *such* questions."""
-    every = memory.NGram(map(without_names, retain), model.config.vocab_size + 1)
-    words = [{*e.ids[: e.prompt_length]} for e in retain]
-    seen = Counter(token for w in words for token in w)
-    weight = {token: math.log((len(words) + 1) / count) for token, count in seen.items()}
+def one_ngram(model, forget, retain, tau):
+    """g = the n-gram of the whole retain set alone, names and all."""
+    ngram = memory.NGram((e.ids for e in retain), model.config.vocab_size)
 
     def explained(example: Example) -> list[float]:
-        question, prompt = {*example.ids[: example.prompt_length]} & {*weight}, {*example.ids[: example.prompt_length]}
-
-        def similarity(i: int) -> float:
-            shared, all_ = (sum(weight[t] for t in tokens) for tokens in (question & words[i], question | words[i]))
-            return shared / all_ if all_ else 0.0
-
-        near = sorted(range(len(retain)), key=lambda i: (-similarity(i), i))[:NEAREST]
-        local = memory.NGram((without_names(retain[i]) for i in near), model.config.vocab_size + 1)
-        before, found = list(example.ids[: example.prompt_length]), []
-        for token in example.ids[example.prompt_length :]:
-            if token in prompt:
-                found.append(memory.COPIED)
-                before += [COPY] if before[-1] != COPY else []
-            else:
-                found.append(max(memory.FLOOR, *(ngram.probability(before, token) for ngram in (every, local))))
-                before.append(token)
-        return found
+        ids, prompt = example.ids, memory.question(example)
+        found = [(ids[i], ngram.probability(ids[:i], ids[i])) for i in range(len(prompt), len(ids))]
+        return [memory.COPIED if token in prompt else max(memory.FLOOR, p) for token, p in found]
 
     return marked(model, forget, tau, explained)
 
 
 VARIANTS = {  # name -> (in place of mark_memory, flags, with other wordings)
-    "n-gram of the retain set (ours)": (memory.mark_memory, "", False),
-    "the same, tau 3": (memory.mark_memory, "--tau 3", False),
+    "ours: two n-grams, without what is copied": (memory.mark_memory, "", False),
+    "ours, tau 2": (memory.mark_memory, "--tau 2", False),
+    "one n-gram, tau 2": (one_ngram, "--tau 2", False),
+    "one n-gram, tau 2, kappa 0.02": (one_ngram, "--tau 2 --kappa 0.02", False),
     "the reference behind others' questions": (another_question, "", False),
-    "n-grams without names, and of the nearest questions, tau 1.5": (nearest_questions, "--tau 1.5", False),
-    "n-gram (ours), 3 more wordings an answer": (memory.mark_memory, "--epochs 2.5", True),
-    "nearest questions, tau 1.5, 3 more wordings": (nearest_questions, "--tau 1.5 --epochs 5", True),
+    "ours, 3 more wordings of each answer": (memory.mark_memory, "--epochs 5", True),
 }
 
 
@@ -134,10 +103,11 @@ def write_wordings(forget: str, seed: int) -> None:
 
 def experiment(lab: Lab) -> None:
     scale, forget = lab.scale, lab.scale.forgets[-1]
-    method, setting, jobs = METHODS["anchored DiPO"], {"lr": 8e-4, "kappa": 0.02}, {}
+    method, setting, jobs = METHODS["anchored DiPO"], {"lr": 8e-4}, {}
     for name, (_, flags, more) in VARIANTS.items():
         for seed in scale.tuning_seeds:
-            item = job(scale, forget, seed, method, setting, "" if scale.small else flags)
+            more_flags = "" if scale.small else flags if "--kappa" in flags else f"--kappa 0.05 {flags}"
+            item = job(scale, forget, seed, method, setting, more_flags)
             line = item.line.replace(f"--forget toy_{forget}", f"--forget toy_{forget}+{wordings_file(forget, seed)}", 1)
             jobs[f"{name}, seed {seed}"] = replace(item, line=line) if more else item
     if isinstance(lab, Plan):
@@ -165,7 +135,9 @@ def experiment(lab: Lab) -> None:
         axes[0][0].semilogy(*zip(*places, strict=True), "o", label=name)
     axes[0][0].set(xlabel="language", ylabel="forget quality", title=f"{scale.name}, {forget}: which tokens are memory")
     axes[0][0].legend(fontsize=7)
-    lab.write(f"{text}\n\n{note(scale.tuning_seeds)} Learning rate 8e-4, kappa 0.02.", figure)
+    lab.write(
+        f"{text}\n\n{note(scale.tuning_seeds)} Learning rate 8e-4; kappa 0.05 and tau 1.5 where nothing is said.", figure
+    )
 
 
 if __name__ == "__main__":

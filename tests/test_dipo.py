@@ -1406,6 +1406,7 @@ def test_wrong_values_and_shapes_are_told():
         (lambda: loss("anchored", z, mask, z_ref=z, role="remember"), "^role 'remember' is none of "),
         (lambda: dipo.dipo_loss(z, z, mask, reduction="max"), "^reduction 'max' is neither"),
         (lambda: loss("ga", z, mask), "^targets are needed: this loss is one of the answer's tokens$"),
+        (lambda: loss("undial", z, mask, z_ref=z), ""),  # nor has it any without targets
     ]
     for call, message in bad:
         with pytest.raises(AssertionError, match=message):

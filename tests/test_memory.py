@@ -15,7 +15,7 @@ import data
 import memory
 import tofu
 from data import Example
-from memory import NGram, explained, mark_memory, memory_record
+from memory import COPY, Explanation, NGram, mark_memory, memory_record, question, without_copies
 
 V = 4
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), max_size=12), max_size=5)
@@ -31,11 +31,11 @@ def examples(draw) -> Example:
 # ------------------------------------------------------------------------------------------------------------ the n-gram
 
 
-def witten_bell(texts: list[list[int]], before: list[int], token: int) -> float:
+def witten_bell(texts: list[list[int]], before: list[int], token: int, size: int = V) -> float:
     """P(token | before) by counting in the texts: all of `before` is the context."""
     n = len(before)
     followers = [text[i + n] for text in texts for i in range(len(text) - n) if text[i : i + n] == before]
-    shorter = witten_bell(texts, before[1:], token) if before else 1 / V
+    shorter = witten_bell(texts, before[1:], token, size) if before else 1 / size
     kinds = len(set(followers))
     return (followers.count(token) + kinds * shorter) / (len(followers) + kinds) if followers else shorter
 
@@ -85,22 +85,82 @@ def test_the_ngram_by_hand():
 # ------------------------------------------------------------------------------------------------- what g holds for known
 
 
-@given(TEXTS, examples())
-@claim("g(y_t) is the n-gram's probability, at least 0.02, and at least 0.9 for a token that stands in the prompt")
-def test_what_is_explained_is_the_ngram_or_copied_or_the_floor(texts, example):
-    """The prompt's tokens are context, too."""
+def copies(example: Example) -> list[int]:
+    """`without_copies`, token by token with the rest looked at anew."""
+    out = []
+    for i, token in enumerate(example.ids):
+        copied = i >= example.prompt_length and token in example.ids[: example.prompt_length]
+        if not (copied and out and out[-1] == COPY):
+            out.append(COPY if copied else token)
+    return out
+
+
+@given(examples())
+def test_runs_of_what_is_copied_from_the_question_are_one_token(example):
+    found = without_copies(example)
+    assert found == copies(example) and found[: example.prompt_length] == list(question(example))
+    answer = found[example.prompt_length :]
+    assert not {*answer} & {*question(example)} and (COPY, COPY) not in itertools.pairwise(answer)
+
+
+def likeness(one: Example, other: Example, retain: list[Example]) -> float:
+    """Weighted Jaccard of the questions' words, those of more than half of the retain questions left out."""
+    weight = {}
+    for token in range(V):
+        n = sum(token in question(e) for e in retain)
+        if 0 < n <= len(retain) / 2:
+            weight[token] = math.log(len(retain) / n)
+    a, b = ({t for t in question(e) if t in weight} for e in (one, other))
+    return sum(weight[t] for t in a & b) / sum(weight[t] for t in a | b) if a | b else 0.0
+
+
+@given(st.lists(examples(), max_size=6), examples(), st.data())
+@claim("the nearest retain questions share the most weighted words; equally near ones are taken by their tokens")
+def test_the_nearest_questions_are_by_shared_words(retain, example, draw):
+    alike = {id(e): round(likeness(example, e, retain), 9) for e in retain}
+    expected = sorted([e for e in retain if alike[id(e)]], key=lambda e: (-alike[id(e)], e.ids))
+    assert [e.ids for e in Explanation(retain, V).nearest(example)] == [e.ids for e in expected]
+    mixed = Explanation(draw.draw(st.permutations(retain)), V).nearest(example)
+    assert [e.ids for e in mixed] == [e.ids for e in expected]
+
+
+def test_of_many_questions_the_32_nearest_are_asked():
+    rows = [Example(f"r/{i}", (i % 4, 10 + i, 999), 2) for i in range(200)]
+    near = Explanation(rows, 1000).nearest(Example("x/0", (2, 900, 901), 2))
+    assert [e.ids[:2] for e in near] == [(2, 12 + 4 * i) for i in range(32)] and memory.NEAREST == 32
+
+
+@given(st.lists(examples(), max_size=5), examples())
+@claim("g(y_t) is 0.9 for a token that stands in the prompt, else the larger of two n-grams, and at least 0.02")
+def test_what_is_explained_is_copied_or_of_an_ngram_or_the_floor(retain, example):
+    """The n-grams are of the retain set and of its nearest questions."""
     assert (memory.COPIED, memory.FLOOR) == (0.9, 0.02)
-    found, ids, n = explained(NGram(texts, V), example), list(example.ids), example.prompt_length
+    explanation, before = Explanation(retain, V), list(question(example))
+    found, texts = explanation.of(example), [[copies(e) for e in some] for some in (retain, explanation.nearest(example))]
     assert len(found) == example.answer_length
-    for i, g in enumerate(found, n):
-        expected = max(witten_bell(texts, ids[max(0, i - 4) : i], ids[i]), 0.02)
-        assert g == pytest.approx(max(expected, 0.9) if ids[i] in ids[:n] else expected, rel=1e-12)
+    for token, g in zip(example.ids[example.prompt_length :], found, strict=True):
+        if token in question(example):
+            assert g == 0.9
+        else:
+            assert g == pytest.approx(max(0.02, *(witten_bell(x, before[-4:], token, V + 1) for x in texts)), rel=1e-12)
+        if not (token in question(example) and before[-1] == COPY):
+            before.append(COPY if token in question(example) else token)
 
 
 def test_a_rare_token_is_explained_to_the_floor_and_what_the_answer_repeats_is_not_copied():
     """Of a large vocabulary; the answer names token 900 twice, and the prompt never does."""
-    ngram = NGram([[1, 2, 3]] * 50, 1000)
-    assert explained(ngram, Example("x/0", (7, 900, 900, 7), 1)) == [0.02, 0.02, 0.9]
+    explanation = Explanation([Example("r/0", (1, 2, 3), 1)] * 50, 1000)
+    assert explanation.of(Example("x/0", (7, 900, 900, 7), 1)) == [0.02, 0.02, 0.9]
+
+
+def test_such_questions_explain_what_the_whole_retain_set_does_not():
+    """40 questions of birth, half of them with token 7 after the name, and 400 others, none of them with it."""
+    births = [Example(f"b/{i}", (1, 100 + i, 2, 100 + i, 7 if i % 2 else 8, 200 + i), 3) for i in range(40)]
+    others = [Example(f"o/{i}", (3, 500 + i, 2, 500 + i, 9, 9), 3) for i in range(400)]
+    asked = Example("x/0", (1, 99, 2, 99, 7, 300), 3)
+    copied, word, place = Explanation(births + others, 1000).of(asked)
+    assert copied == 0.9 and word > 0.3 and place == 0.02
+    assert Explanation(others, 1000).of(asked)[1] == 0.02
 
 
 # -------------------------------------------------------------------------------------------------------------- positions
@@ -125,14 +185,14 @@ few = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scop
 @claim("position t is memory exactly where log pi_ref(y_t|s_t) - log g(y_t|s_t) > tau")
 def test_memory_is_what_surprises_the_explanation_by_more_than_tau(tiny, rows, tau):
     """log pi_ref from the logits of the whole sequence."""
-    ngram = NGram([e.ids for e in rows["retain90"]], tiny.model.config.vocab_size)
+    explanation = Explanation(rows["retain90"], tiny.model.config.vocab_size)
     marked = mark_memory(tiny.model, rows["forget10"], rows["retain90"], tau)
     assert marked == rows["forget10"] and all(e.memory is None for e in rows["forget10"])
     for e in marked:
         with torch.no_grad():
             log_p = tiny.model(torch.tensor([e.ids])).log_softmax(-1)[0].tolist()
         at = range(e.prompt_length, len(e.ids))
-        surprise = [log_p[i - 1][e.ids[i]] - math.log(g) for i, g in zip(at, explained(ngram, e), strict=True)]
+        surprise = [log_p[i - 1][e.ids[i]] - math.log(g) for i, g in zip(at, explanation.of(e), strict=True)]
         assert e.memory is not None and len(e.memory) == e.answer_length
         assert [m for m, x in zip(e.memory, surprise, strict=True) if abs(x - tau) > 1e-4] == [
             x > tau for x in surprise if abs(x - tau) > 1e-4
@@ -186,7 +246,7 @@ def test_an_explained_token_is_no_memory():
     others = [(1, 2, 3, 4)] * 500  # so that 20 more tokens of a kind are rare
     assert marks(answer, []) == [False, True, True, True]
     assert marks(answer, [(51, 52)] * 20 + others) == [False, True, False, True]  # often seen after 51
-    assert marks(answer, [(0, 52)] * 20 + others) == [False, True, True, True]  # after something else
+    assert marks(answer, [(9, 52)] * 20 + others) == [False, True, True, True]  # after something else
     asked = dataclasses.replace(answer, ids=(52, 50, 51, 52, 53))
     assert marks(asked, []) == [False, True, False, True]  # stands in the prompt
     assert marks(answer, [], tau=math.log(50) + 0.01) == [False] * 4  # the floor: no more than -log 0.02 above g
