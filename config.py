@@ -159,8 +159,8 @@ def make_config(given: dict) -> Config:
         if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
             raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
     for name in ("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
-        if not getattr(config, name) >= 0:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more, and finite")
     try:
         config.parts  # noqa: B018
     except ValueError as e:
@@ -169,12 +169,11 @@ def make_config(given: dict) -> Config:
         raise RunError(f"--beta: is the forget loss's, and {config.forget_loss} has none; drop the flag")
     if not math.isfinite(config.tau):
         raise RunError(f"--tau {config.tau}: must be a number of nats; --positions all is no threshold at all")
-    anchored = not config.finetune and any(LOSSES[name].anchored for name, _ in config.parts.values())
-    for name in ("kappa", "positions", "tau"):
-        if name in given and not anchored:
-            raise RunError(
-                f"--{name}: is of anchored losses, and neither {config.forget_loss} nor {config.retain_loss} is one"
-            )
+    for name, roles in (("kappa", dipo.ROLES), ("positions", ("forget",)), ("tau", ("forget",))):
+        losses = [config.parts[role][0] for role in roles if role in config.parts]
+        if name in given and not any(LOSSES[loss].anchored for loss in losses):
+            of = " or ".join(dict.fromkeys(losses)) or "finetuning"
+            raise RunError(f"--{name}: is of anchored losses, not of {of}; drop the flag")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
     if config.retain_logs and config.retain_model:

@@ -331,17 +331,18 @@ def anchored_terms(s: Positions, o: Objective) -> Terms:
       everywhere else. It is to DiPO what a likelihood term on the preferred answer is to DPO.
 
     dL/dz_t = -beta sigmoid(-u) (pi_w - pi_l)_t, at memory positions, + kappa (pi_theta - pi*)_t. Without anchor, with all
-    positions and the policy's pair it is `dipo_terms`; for kappa -> infinity it is a distillation to pi*.
+    positions and the policy's pair it is `dipo_terms`; for kappa -> infinity it is a distillation to pi*. With the fixed
+    pair the loss is convex in z.
     """
     assert s.ref_logits is not None
-    fixed = preference_pair(s.ref_logits, o.alpha, o.p, o.filter, o.center)
-    terms = preferring(s, *fixed) if o.pair_from is None else dipo_terms(s, o)
-    if s.role != "forget":
-        return terms._replace(anchor=token_kl(_log_softmax(s.ref_logits.detach()), _log_softmax(s.logits)))
-    memory = torch.ones_like(terms.value, dtype=torch.bool) if s.memory is None else s.memory
-    target = torch.where(memory[..., None], fixed[1], _at_least_float32(s.ref_logits.detach()))
-    anchor = token_kl(_log_softmax(target), _log_softmax(s.logits))
-    return terms._replace(value=terms.value.where(memory, 0.0), anchor=anchor)
+    z_m, z_f = preference_pair(s.ref_logits, o.alpha, o.p, o.filter, o.center)
+    terms = preferring(s, z_m, z_f) if o.pair_from is None else dipo_terms(s, o)
+    kept = _at_least_float32(s.ref_logits.detach())  # logits of pi*: what shall stand there in the end
+    if s.role == "forget":
+        in_memory = torch.ones_like(terms.value, dtype=torch.bool) if s.memory is None else s.memory
+        kept = torch.where(in_memory[..., None], z_f, kept)
+        terms = terms._replace(value=terms.value.where(in_memory, 0.0))
+    return terms._replace(anchor=token_kl(_log_softmax(kept), _log_softmax(s.logits)))
 
 
 def token_nll(logits: Tensor, targets: Tensor | None) -> Tensor:

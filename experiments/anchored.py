@@ -45,33 +45,28 @@ Setting = dict[str, float]
 
 
 def ablation(lab: Lab, setting: Setting, axis) -> str:
-    """Pair, positions and anchor, each as in anchored DiPO or as in DiPO: all eight, at the chosen rate and another."""
+    """Pair, positions and anchor, each as in anchored DiPO or as in DiPO: all eight, at the chosen rate."""
     scale, seeds = lab.scale, lab.scale.seeds
-    rates = [setting["lr"], *[rate for rate in scale.rates[::-1] if rate != setting["lr"]][:1]]
     anchors = {"yes": setting["kappa"], "no": 0.0}
     every = list(itertools.product(PAIRS, POSITIONS, anchors))[:: 7 if scale.small else 1]
     jobs = {
-        (rate, (pair, place, anchor)): [
-            job(scale, scale.forgets[-1], seed, METHODS[OURS], {"lr": rate, "kappa": anchors[anchor]},
+        (pair, place, anchor): [
+            job(scale, scale.forgets[-1], seed, METHODS[OURS], setting | {"kappa": anchors[anchor]},
                 f"{PAIRS[pair]} {POSITIONS[place]}")
             for seed in seeds
         ]
-        for rate in rates for pair, place, anchor in every
+        for pair, place, anchor in every
     }  # fmt: skip
     found = iter(lab.run([j for group in jobs.values() for j in group], "the three changes", NEEDED))
     records = {key: [next(found) for _ in seeds] for key in jobs}
-    text = ""
-    for rate in rates:
-        rows = [[*one, *columns(records[rate, one]).values()] for one in every]
-        head = ["pair from", "positions", "anchor", *columns(records[rate, every[0]])]
-        text += f"**The three changes**, rate {rate:g}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
-    told = {f"{pair}, {place}, anchor: {anchor}": speaking(records[rates[0], (pair, place, anchor)])
-            for pair, place, anchor in every}  # fmt: skip
-    level = measured(records[rates[0], every[0]], "language", "retrained")
+    rows = [[*one, *columns(runs).values()] for one, runs in records.items()]
+    head = ["pair from", "positions", "anchor", *columns(records[every[0]])]
+    told = {f"{pair}, {place}, anchor: {anchor}": speaking(records[pair, place, anchor]) for pair, place, anchor in every}
+    level = measured(records[every[0]], "language", "retrained")
     against = "language (dotted: the retrained model's)"
-    scatter(axis, told, f"the three changes, rate {rates[0]:g}", against, statistics.fmean(level) if level else None)
+    scatter(axis, told, f"the three changes, rate {setting['lr']:g}", against, statistics.fmean(level) if level else None)
     axis.legend(fontsize=7)
-    return text
+    return f"**The three changes**, rate {setting['lr']:g}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
 
 
 def front(lab: Lab, setting: Setting, axis) -> str:

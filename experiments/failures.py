@@ -9,7 +9,7 @@ from common import FLOOR, METHODS, Lab, job, main, markdown, share, spell, subpl
 
 # name -> (method, setting, beginning of the hint). Rates are multiples of the preset's.
 FAILURES = {
-    "healthy": ("NPO+GD", {"lr": 1.0}, None),
+    "healthy": ("anchored DiPO", {"lr": 2.0, "kappa": 0.05}, None),
     "under-unlearning": ("DiPO", {"lr": 0.1}, "under-unlearning"),
     "over-unlearning": ("DiPO", {"lr": 3.0, "beta": 0.02, "pair_from": "reference"}, "over-unlearning"),
     "utility collapse": ("GA", {"lr": 2.0}, "utility collapsed"),

@@ -977,15 +977,20 @@ BAD = {
     "unknown preset": (["--preset", "best"], "unknown"),
     "unknown loss": (["--forget-loss", "wag"], "forget loss 'wag' is none of dipo, anchored, npo, anchored-npo"),
     "loss of the other set": (["--retain-loss", "ga"], "retain loss 'ga' is none of dipo, anchored, gd, kl"),
-    "kappa of no anchor": (["--kappa", "0.1"], "--kappa: is of anchored losses, and neither dipo nor dipo is one"),
-    "tau of no anchor": (["--tau", "1", "--forget-loss", "npo"], "--tau: is of anchored losses, and neither npo nor dipo"),
+    "kappa of no anchor": (["--kappa", "0.1"], "--kappa: is of anchored losses, not of dipo; drop the flag"),
+    "tau of no anchor": (["--tau", "1", "--forget-loss", "npo"], "--tau: is of anchored losses, not of npo"),
     "positions of no anchor": (["--positions", "all"], "--positions: is of anchored losses"),
-    "kappa of finetuning": (["--finetune", "toy_full", "--kappa", "0.1"], "--kappa: is of anchored losses"),
+    "kappa of finetuning": (
+        ["--finetune", "toy_full", "--kappa", "0.1"],
+        "--kappa: is of anchored losses, not of finetuning",
+    ),
+    "tau of the retain loss": (["--retain-loss", "anchored", "--tau", "1"], "--tau: is of anchored losses, not of dipo"),
+    "infinite kappa": (["--preset", "anchored", "--kappa", "inf"], "--kappa inf: must be 0 or more, and finite"),
     "memory without a retain set": (["--preset", "anchored", "--retain-loss", "none"], "name a retain loss"),
     "memory of NPO without one": (["--forget-loss", "anchored-npo", "--retain-loss", "none"], "name a retain loss"),
     "tau no number": (["--preset", "anchored", "--tau", "nan"], "--tau nan: must be a number of nats"),
     "tau without end": (["--preset", "anchored", "--tau=-inf"], "--tau -inf: must be a number of nats; --positions all"),
-    "negative kappa": (["--preset", "anchored", "--kappa=-1"], "--kappa -1.0: must not be negative"),
+    "negative kappa": (["--preset", "anchored", "--kappa=-1"], "--kappa -1.0: must be 0 or more"),
     "beta of none": (["--forget-loss", "ga", "--beta", "1"], "ga has none"),
     "unknown device": (["--device", "warp"], "--device warp"),
     "broken retain log": (["--retain-logs", "nothing.json"], "nothing.json"),
@@ -1044,10 +1049,14 @@ def test_the_papers_hyper_parameters_are_the_defaults():
 
 
 def test_the_toy_is_anchored_and_a_preset_over_a_data_set_says_which_losses():
-    """`--preset paper` on the toy is the run that this repository had first: the toy's settings, the paper's losses."""
+    """`--preset paper` on the toy is the run that this repository had first: the toy's settings, the paper's losses. Only
+    where no loss is named has the toy the preset anchored, and a rate of its own there."""
     papers, toys = train.make_config({"preset": "paper"}), train.make_config({})
     both = {"forget_loss": "anchored", "retain_loss": "anchored"}
-    assert papers.objective == dipo.Objective() and toys == dataclasses.replace(papers, preset="toy", **both)
+    assert papers.objective == dipo.Objective()
+    assert toys == dataclasses.replace(papers, preset="anchored", lr=8e-4, **both)
+    named = train.make_config({"forget_loss": "npo"})
+    assert named == dataclasses.replace(papers, preset="toy", forget_loss="npo")
     assert (papers.lr, papers.epochs, papers.batch_size, papers.warmup_epochs) == (4e-4, 10, 16, 1)
     assert (papers.weight_decay, papers.schedule, papers.eval_every, papers.max_new_tokens) == (0.01, "linear", 2, 24)
     for real in ({"model": "llama2-7b", "forget": "tofu_forget10"}, {"model": "muse-news", "forget": "muse_news"}):
