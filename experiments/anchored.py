@@ -39,7 +39,7 @@ OURS = "anchored DiPO"
 PAIRS, POSITIONS = {"reference": "", "policy": "--pair-from policy"}, {"memory": "", "all": "--positions all"}
 KAPPAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 LONG = ("DiPO", "NPO+GD", OURS)  # the methods that train longer
-VOCABULARIES = (1000, 8000, 49000)
+VOCABULARIES = (1000, 8000)
 
 Setting = dict[str, float]
 

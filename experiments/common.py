@@ -204,7 +204,7 @@ FORGET05_RETAIN = "tofu_retain95[:300]"
 
 
 def smollm2_forget05_flags(forget: str, seed: int) -> list[str]:
-    more = "--epochs 4 --batch-size 16 --eval-retain tofu_retain_perturbed[:50] --max-new-tokens 48"
+    more = "--epochs 3 --batch-size 16 --eval-retain tofu_retain_perturbed[:50] --max-new-tokens 48"
     return f"{smollm2_models(forget, seed, FORGET05_RETAIN)} {more}".split()
 
 
@@ -230,11 +230,11 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
 SMOLLM2_FORGET05 = dict(
     forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
     methods={
+        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.05,), rates=(4e-4,)),
         "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
         "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05,), rates=(4e-4,)),
-        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.05,), rates=(4e-4,)),
     },
-    remark="A slice: 200 forget and 300 retain questions, 4 epochs, evaluated on 200 and 50 of them, one seed.",
+    remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
 )  # fmt: skip
 SMOKE = {name: METHODS[name] for name in ("GA", "GradDiff", "NPO+GD", "DiPO", "anchored DiPO")}
 SCALES = {
