@@ -21,6 +21,7 @@ from data import PROMPT_FORMATS
 from dipo import LOSSES, Objective
 from eval import ALIASES, benchmark_of
 from files import UserError, first_line, read_json, write_json
+from memory import FLOOR
 
 RUNS = Path("runs")
 
@@ -123,7 +124,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smollm2": {"lr": 4e-4, "epochs": 3.0, "batch_size": 16},
     "toy": {"lr": 4e-4, "epochs": 10.0, "batch_size": 16, "micro_batch_size": 16, "max_new_tokens": 24, "eval_every": 2.0},
 }
-TOY_ANCHORED = {"lr": 8e-4}  # over both, for the toy with the preset anchored, which it has where no loss is named
+TOY_ANCHORED = {"lr": 8e-4}  # of the toy with both losses anchored, which it has where none is named
 
 
 def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, bool]:
@@ -134,7 +135,7 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, b
     for f in dataclasses.fields(Config):
         flag, kind = "--" + f.name.replace("_", "-"), f.metadata["type"] or type(f.default)
         special = {k: v[f.name] for k, v in PRESETS.items() if f.name in v}
-        default = ", ".join([f"default {f.default}"] + [f"{k} {v}" for k, v in special.items()])
+        default = ", ".join([f"default {f.default}"] + [f"preset {k}: {v}" for k, v in special.items()])
         text = (f"{f.metadata['help']} [{default}]" if f.default is not None else f.metadata["help"]).replace("%", "%%")
         how: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
@@ -152,8 +153,10 @@ def make_config(given: dict) -> Config:
     preset = given.get("preset", "anchored" if toy and not {"forget_loss", "retain_loss"} & {*given} else usual)
     if preset not in PRESETS:
         raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
-    own = TOY_ANCHORED if toy and preset == "anchored" else {}
-    config = Config(**(PRESETS[usual] | PRESETS[preset] | own | given | {"preset": preset}))
+    settings = PRESETS[usual] | PRESETS[preset] | given
+    if toy and settings.get("forget_loss") == settings.get("retain_loss") == "anchored":
+        settings = TOY_ANCHORED | settings if "lr" in given else settings | TOY_ANCHORED
+    config = Config(**(settings | {"preset": preset}))
     positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
     for name in positive + (("beta",) if config.beta is not None else ()):
         if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
@@ -169,11 +172,15 @@ def make_config(given: dict) -> Config:
         raise RunError(f"--beta: is the forget loss's, and {config.forget_loss} has none; drop the flag")
     if not math.isfinite(config.tau):
         raise RunError(f"--tau {config.tau}: must be a number of nats; --positions all is no threshold at all")
+    if config.tau >= -math.log(FLOOR):
+        raise RunError(f"--tau {config.tau}: no token surprises by {-math.log(FLOOR):.2f} nats or more; pass less")
     for name, roles in (("kappa", dipo.ROLES), ("positions", ("forget",)), ("tau", ("forget",))):
         losses = [config.parts[role][0] for role in roles if role in config.parts]
         if name in given and not any(LOSSES[loss].anchored for loss in losses):
             of = " or ".join(dict.fromkeys(losses)) or "finetuning"
             raise RunError(f"--{name}: is of anchored losses, not of {of}; drop the flag")
+    if "tau" in given and config.positions == "all":
+        raise RunError("--tau: tells memory positions apart, and --positions all takes every one; drop one of them")
     if config.p > 1:
         raise RunError(f"--p {config.p}: is a fraction of the vocabulary, at most 1")
     if config.retain_logs and config.retain_model:

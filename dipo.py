@@ -227,8 +227,8 @@ class Objective:
     forget_loss, retain_loss: rows of LOSSES; retain_loss 'none' leaves the second part out.
     beta: in place of the row's own for the forget loss, and for the retain loss if that is the same row.
     Of losses with a pair: alpha, p, filter, center (see `preference_pair`); pair_from, 'policy' to build it from z, anew at
-        each step (the paper), or 'reference', from z_ref; None: dipo has the first, anchored the second; reduction, 'sum'
-        for u as the sum over answer tokens (the sequence KL of Eq. 14), or 'mean' (ours, for long texts).
+        each step (the paper), or 'reference', from z_ref; None: 'policy' for dipo, 'reference' for anchored; reduction,
+        'sum' for u as the sum over answer tokens (the sequence KL of Eq. 14), or 'mean' (ours, for long texts).
     Of anchored losses (ours): kappa, weight of the anchor; positions of a forget answer that are forgotten: 'memory', those
         that surprise what the retain set explains by more than tau nats (see memory.py), or 'all'.
     """
@@ -257,7 +257,7 @@ class Objective:
             if name not in loss_names(role):
                 raise ValueError(f"{role} loss {name!r} is none of {', '.join(loss_names(role))}")
         if self.selects and "retain" not in parts:
-            raise ValueError(f"forget loss {self.forget_loss!r} tells memory by the retain set; name a retain loss")
+            raise ValueError(f"{self.forget_loss!r} tells memory by the retain set; name a retain loss or --positions all")
         return parts
 
     @property
@@ -302,7 +302,7 @@ def dipo_terms(s: Positions, o: Objective) -> Terms:
     return preferring(s, *preference_pair(source, o.alpha, o.p, o.filter, o.center))
 
 
-def preferring(s: Positions, memory: Tensor, forgetting: Tensor) -> Terms:
+def preferring(s: Positions, z_m: Tensor, z_f: Tensor) -> Terms:
     """`margin_terms` of a pair, given as logits [..., V]: 'forget' prefers pi_f to pi_m, 'retain' pi_m to pi_f.
 
     swapped: pi_m gives the high-confidence tokens *less* probability than pi_f does. That happens when the kept raw
@@ -316,7 +316,7 @@ def preferring(s: Positions, memory: Tensor, forgetting: Tensor) -> Terms:
     """
     assert s.role in ROLES, f"role {s.role!r} is none of {ROLES}"
     assert s.ref_logits is not None
-    (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(memory), _softmax(forgetting)
+    (pi_m, log_z_m), (pi_f, log_z_f) = _softmax(z_m), _softmax(z_f)
     pi_w, pi_l = (pi_f, pi_m) if s.role == "forget" else (pi_m, pi_f)  # the same pair; what is preferred is exchanged
     return Terms(margin_terms(s.logits, s.ref_logits, pi_w, pi_l), swapped=log_z_m < log_z_f)
 
@@ -341,7 +341,8 @@ def anchored_terms(s: Positions, o: Objective) -> Terms:
     if s.role == "forget":
         in_memory = torch.ones_like(terms.value, dtype=torch.bool) if s.memory is None else s.memory
         kept = torch.where(in_memory[..., None], z_f, kept)
-        terms = terms._replace(value=terms.value.where(in_memory, 0.0))
+        swapped = None if terms.swapped is None else terms.swapped & in_memory
+        terms = terms._replace(value=terms.value.where(in_memory, 0.0), swapped=swapped)
     return terms._replace(anchor=token_kl(_log_softmax(kept), _log_softmax(s.logits)))
 
 
@@ -379,7 +380,7 @@ def kl_terms(s: Positions, o: Objective) -> Terms:
 
 def anchored_gap_terms(s: Positions, o: Objective) -> Terms:
     """`gap_terms` at memory positions, the anchor KL(pi_ref || pi_theta) at the others: what is left of `anchored_terms`
-    without DiPO's pair. Our control."""
+    without DiPO's pair. Our control. NPO pushes 40 times harder than DiPO at the start, so the same kappa weighs less."""
     terms, kept = gap_terms(s, o), kl_terms(s, o).value
     if s.memory is None:
         return terms._replace(anchor=torch.zeros_like(kept))

@@ -1,8 +1,9 @@
 """Memory positions, ours: the tokens of a forget answer that the model knows and that nothing that may be kept explains.
 
-Position t is memory if log pi_ref(y_t | s_t) - log g(y_t | s_t) > tau: the reference is surer of the answer's token than g,
-what the retain set and the question explain. Names, dates and titles are; "was born in" and what the question says are not.
-No second model and no labels: one pass of the model over the forget set, and one of counting over the retain set.
+Position t is memory if log pi_ref(y_t | s_t) - log g(y_t | s_t) > tau: the reference is surer of the answer's token, by more
+than tau nats, than what the retain set and the question explain. Names, dates and titles are memory; "was born in" and what
+the question says are not. No second model and no labels: one pass of the model over the forget set, one of counting over the
+retain set.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from tqdm import tqdm
 
-from data import Example, pack
+from data import DataError, Example, pack
 from dipo import token_nll
 from model import Llama
 
@@ -52,21 +53,16 @@ class NGram:
         return p
 
 
-def question(example: Example) -> tuple[int, ...]:
-    """The prompt's tokens, its format among them."""
+def prompt(example: Example) -> tuple[int, ...]:
     return example.ids[: example.prompt_length]
 
 
-def without_copies(example: Example) -> list[int]:
-    """The ids, with one COPY in place of each run of answer tokens that stand in the prompt: "COPY was born in" is said of
-    anybody."""
-    ids = list(question(example))
-    for token in example.ids[example.prompt_length :]:
-        if token not in question(example):
-            ids.append(token)
-        elif ids[-1] != COPY:
-            ids.append(COPY)
-    return ids
+def shared(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with."""
+    if not prompts:
+        return 0
+    low, high = min(prompts), max(prompts)  # what the first and the last in order share, all between them do
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 class Explanation:
@@ -79,35 +75,53 @@ class Explanation:
 
     def __init__(self, retain: Sequence[Example], vocab_size: int):
         self.retain, self.vocab_size = sorted(retain, key=lambda e: e.ids), vocab_size  # so that their order decides nothing
+        # The prompt's format, around the question, is what all prompts have in common at both ends.
+        prompts = [*map(prompt, self.retain)] if len({*map(prompt, self.retain)}) > 1 else []
+        self.head, self.tail = shared(prompts), shared([p[::-1] for p in prompts])
         self.ngram = self.ngram_of(self.retain)
-        seen = Counter(token for e in self.retain for token in {*question(e)})
-        # Weights of words, as a search engine has them; those of most questions, and of the prompt's format, have none.
+        seen = Counter(token for e in self.retain for token in self.question(e))
+        # Weights of words, as a search engine has them; those of most questions have none.
         self.weight = {t: math.log(len(self.retain) / n) for t, n in seen.items() if n <= len(self.retain) / 2}
-        self.words = [{*question(e)} & self.weight.keys() for e in self.retain]
+        self.words = [self.question(e) & self.weight.keys() for e in self.retain]
+
+    def question(self, example: Example) -> set[int]:
+        """The tokens of the question, without the prompt's format."""
+        return {*prompt(example)[self.head : max(self.head, example.prompt_length - self.tail)]}
+
+    def without_copies(self, example: Example) -> list[int]:
+        """The ids, with one COPY in place of each run of answer tokens that stand in the question: "COPY was born in" is
+        said of anybody."""
+        ids, asked = list(prompt(example)), self.question(example)
+        for token in example.ids[example.prompt_length :]:
+            if token not in asked:
+                ids.append(token)
+            elif ids[-1] != COPY:
+                ids.append(COPY)
+        return ids
 
     def ngram_of(self, examples: Iterable[Example]) -> NGram:
-        return NGram(map(without_copies, examples), self.vocab_size + 1)  # COPY is one more token
+        return NGram(map(self.without_copies, examples), self.vocab_size + 1)  # COPY is one more token
 
     def nearest(self, example: Example) -> list[Example]:
         """The NEAREST retain examples by the weight of the words that both questions have, over that of all they have; none
         that shares nothing."""
-        asked = {*question(example)} & self.weight.keys()
+        asked = self.question(example) & self.weight.keys()
 
         def likeness(words: set[int]) -> float:
-            shared, either = (math.fsum(self.weight[t] for t in x) for x in (asked & words, asked | words))
-            return shared / either if either else 0.0
+            both, either = (math.fsum(self.weight[t] for t in x) for x in (asked & words, asked | words))
+            return both / either if either else 0.0
 
         likenesses = [likeness(words) for words in self.words]
         alike = [i for i, x in enumerate(likenesses) if x > 0]
         return [self.retain[i] for i in sorted(alike, key=lambda i: -likenesses[i])[:NEAREST]]
 
     def of(self, example: Example) -> list[float]:
-        """g(y_t | s_t) of each answer token: COPIED where it stands in the prompt, else the larger of the two n-grams, but
+        """g(y_t | s_t) of each answer token: COPIED where it stands in the question, else the larger of the two n-grams, but
         not less than FLOOR."""
-        ngrams = self.ngram, self.ngram_of(self.nearest(example))
-        before, found = list(question(example)), list[float]()
+        ngrams, asked = (self.ngram, self.ngram_of(self.nearest(example))), self.question(example)
+        before, found = list(prompt(example)), list[float]()
         for token in example.ids[example.prompt_length :]:
-            if token in question(example):
+            if token in asked:
                 found.append(COPIED)
                 before += [COPY] * (before[-1] != COPY)
             else:
@@ -130,7 +144,10 @@ def mark_memory(model: Llama, forget: Sequence[Example], retain: Sequence[Exampl
 
 
 def memory_record(marked: Sequence[Example], tau: float) -> dict:
-    """What RUN/memory.json holds: tau, the share of the answers' tokens, and each answer's positions, counted from 0."""
+    """What RUN/memory.json holds: tau, the share of the answers' tokens, and each answer's positions, counted from 0. Raises
+    DataError where two examples have one key."""
     flags = [m for e in marked for m in e.memory or ()]
     rows = {e.key: [i for i, m in enumerate(e.memory or ()) if m] for e in marked}
+    if len(rows) < len(marked):
+        raise DataError("two rows of the forget set have the same key; rename one of the files")
     return {"tau": tau, "share": sum(flags) / max(1, len(flags)), "rows": rows}

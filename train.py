@@ -150,7 +150,7 @@ def compute_gradients(
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
-    if positions := sum(tokens[role] for role in paired):
+    if positions := sum(sum(e.memory) if e.memory else e.answer_length for role in paired for e, *_ in parts[role].groups):
         metrics["swapped"] = int(logged["swapped"]) / positions
         dipo.check_roles(int(logged["swapped"]), positions)
     return metrics

@@ -1,15 +1,13 @@
-"""Anchored DiPO: which of its three changes does what, the front over kappa, long training, and larger vocabularies.
+"""Anchored DiPO: which of its three changes does what, the front over kappa, and long training.
 
 python experiments/anchored.py --scale toy
 
 The rate and kappa are those that `baselines.py` chose for it, and so are the settings of DiPO and NPO+GD beside it.
 """
 
-import dataclasses
 import itertools
 import statistics
 import sys
-from functools import partial
 
 from common import (
     FLOOR,
@@ -24,13 +22,11 @@ from common import (
     markdown,
     measured,
     note,
-    prepare_toy,
     scatter,
     share,
     speaking,
     spread,
     subplots,
-    toy_flags,
     tune,
 )
 
@@ -39,7 +35,6 @@ OURS = "anchored DiPO"
 PAIRS, POSITIONS = {"reference": "", "policy": "--pair-from policy"}, {"memory": "", "all": "--positions all"}
 KAPPAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
 LONG = ("DiPO", "NPO+GD", OURS)  # the methods that train longer
-VOCABULARIES = (1000, 8000)
 
 Setting = dict[str, float]
 
@@ -86,7 +81,7 @@ def front(lab: Lab, setting: Setting, axis) -> str:
 
 def long_training(lab: Lab, chosen: dict[str, Setting], axis) -> str:
     """Many more epochs: does it stay where the anchor stops it?"""
-    scale, seeds = lab.scale, lab.scale.seeds[:3]
+    scale, seeds = lab.scale, lab.scale.seeds[:2]
     names, epochs, every = (LONG[-1:], 2, 1) if scale.small else (LONG, 50 if scale.name == "toy" else 20, 5)
     more = f"--epochs {epochs} --eval-every {every}"
     jobs = [job(scale, scale.forgets[-1], seed, METHODS[name], chosen[name], more) for name in names for seed in seeds]
@@ -112,25 +107,6 @@ def long_training(lab: Lab, chosen: dict[str, Setting], axis) -> str:
     return f"**{epochs} epochs**, evaluated every {every}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
 
 
-def vocabularies(lab: Lab, chosen: dict[str, Setting], axis) -> str:
-    """A larger vocabulary makes fewer, longer tokens of a name: do selection and settings carry over? On the toy."""
-    scale, seed, groups = lab.scale, lab.scale.seeds[0], {}
-    if not (sizes := {"toy": VOCABULARIES, "smoke": VOCABULARIES[:1]}.get(scale.name)):
-        axis.set_axis_off()
-        return ""
-    for size in sizes:
-        if size != VOCABULARIES[0]:
-            flags, prepare = partial(toy_flags, vocabulary=size), partial(prepare_toy, vocabulary=size)
-            lab.scale = dataclasses.replace(scale, flags=flags, prepare=prepare)
-        jobs = {name: job(lab.scale, scale.forgets[-1], seed, METHODS[name], chosen[name]) for name in ("DiPO", OURS)}
-        for name, record in zip(jobs, lab.run([*jobs.values()], f"vocabulary {size}", NEEDED), strict=True):
-            groups[f"{name}, {size:,} tokens"] = [record]
-    lab.scale = scale
-    scatter(axis, {name: speaking(runs) for name, runs in groups.items()}, f"vocabularies, seed {seed}", "language", None)
-    axis.legend(fontsize=8)
-    return f"**Vocabularies**, seed {seed}.\n\n{table('', groups)}\n\n"
-
-
 def table(first: str, groups: dict[str, list[dict]]) -> str:
     """A row of `columns` for each group of records."""
     rows = {name: columns(records) for name, records in groups.items()}
@@ -140,11 +116,10 @@ def table(first: str, groups: dict[str, list[dict]]) -> str:
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     chosen = tune(lab, {name: METHODS[name] for name in LONG})
-    figure, axes = subplots(2, 2, size=(5.5, 4.5))
+    figure, axes = subplots(1, 3, size=(5.5, 4.5))
     text = ablation(lab, chosen[OURS], axes[0][0])
     text += front(lab, chosen[OURS], axes[0][1])
-    text += long_training(lab, chosen, axes[1][0])
-    text += vocabularies(lab, chosen, axes[1][1])
+    text += long_training(lab, chosen, axes[0][2])
     settings = "; ".join(f"{name} {describe(setting)}" for name, setting in chosen.items())
     lab.write(f"{text}{scale.name}, {scale.forgets[-1]}. Settings where nothing else is said: {settings}.", figure)
 

@@ -51,9 +51,9 @@ def another_question(model, forget, retain, tau):
     """g = the reference's own probability of y_t behind the questions of others, the answer so far kept; no counting."""
 
     def explained(example: Example) -> list[float]:
-        prompt, answer = memory.question(example), example.ids[example.prompt_length :]
+        prompt, answer = memory.prompt(example), example.ids[example.prompt_length :]
         others = [retain[97 * k % len(retain)] for k in range(OTHERS)]
-        swapped = [Example("", memory.question(e) + answer, e.prompt_length) for e in others]
+        swapped = [Example("", memory.prompt(e) + answer, e.prompt_length) for e in others]
         mean = [
             sum(math.exp(-x) for x in column) / OTHERS for column in zip(*(losses(model, e) for e in swapped), strict=True)
         ]
@@ -67,7 +67,7 @@ def one_ngram(model, forget, retain, tau):
     ngram = memory.NGram((e.ids for e in retain), model.config.vocab_size)
 
     def explained(example: Example) -> list[float]:
-        ids, prompt = example.ids, memory.question(example)
+        ids, prompt = example.ids, memory.prompt(example)
         found = [(ids[i], ngram.probability(ids[:i], ids[i])) for i in range(len(prompt), len(ids))]
         return [memory.COPIED if token in prompt else max(memory.FLOOR, p) for token, p in found]
 

@@ -10,6 +10,7 @@ begins with the second, third, ... likeliest first token, and the target goes on
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,15 +32,19 @@ BATCH = 64  # questions that are answered together
 def wordings(model: Llama, tokenizer: Tokenizer, rows: list[Row], count: int, limit: int) -> list[Row]:
     """`count` answers of each question, less those that do not end within `limit` tokens, are empty, or occur twice."""
     found: dict[tuple[str, str], Row] = {}
+    stop = {*model.config.eos_token_ids, tokenizer.eos_id}
     for start in tqdm(range(0, len(rows), BATCH), desc="wordings", unit="batch"):
         some = rows[start : start + BATCH]
         prompts = [tokenizer.encode(row.question, row.answer, row.key) for row in some]
         ids = [list(e.ids[: e.prompt_length]) for e in prompts]
         firsts = [model(torch.tensor([x], device=model.device))[0, -1].topk(count + 1).indices.tolist() for x in ids]
-        begun = [(row, x, first) for row, x, tokens in zip(some, ids, firsts, strict=True) for first in tokens]
-        for (row, _, first), rest in zip(begun, generate(model, [[*x, t] for _, x, t in begun], limit), strict=True):
+        begun = [(row, x, t) for row, x, tokens in zip(some, ids, firsts, strict=True) for t in tokens if t not in stop]
+        rests = generate(model, [[*x, t] for _, x, t in begun], limit, stop)
+        made = Counter[str]()
+        for (row, _, first), rest in zip(begun, rests, strict=True):
             text = tokenizer.decode([first, *rest]).strip()
-            if text and text != row.answer.strip() and len(rest) < limit:
+            if text and text != row.answer.strip() and len(rest) < limit and made[row.key] < count:
+                made[row.key] += (row.question, text) not in found
                 found[row.question, text] = Row(row.key, row.question, text)
     return list(found.values())
 

@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 import math
+import os
 
 import pytest
 import torch
 from claims import claim
-from helpers import make_tiny
+from helpers import error_of, make_tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ import data
 import memory
 import tofu
 from data import Example
-from memory import COPY, Explanation, NGram, mark_memory, memory_record, question, without_copies
+from memory import COPY, Explanation, NGram, mark_memory, memory_record
 
 V = 4
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), max_size=12), max_size=5)
@@ -85,32 +86,52 @@ def test_the_ngram_by_hand():
 # ------------------------------------------------------------------------------------------------- what g holds for known
 
 
-def copies(example: Example) -> list[int]:
+def question(example: Example, retain: list[Example]) -> tuple[int, ...]:
+    """The prompt less what all retain prompts begin and end with, unless there is but one of them."""
+    prompts = list({e.ids[: e.prompt_length] for e in retain})
+    head, tail = (len(os.path.commonprefix(x)) if len(prompts) > 1 else 0 for x in (prompts, [p[::-1] for p in prompts]))
+    return tuple(t for i, t in enumerate(example.ids[: example.prompt_length]) if head <= i < example.prompt_length - tail)
+
+
+def copies(example: Example, retain: list[Example]) -> list[int]:
     """`without_copies`, token by token with the rest looked at anew."""
     out = []
     for i, token in enumerate(example.ids):
-        copied = i >= example.prompt_length and token in example.ids[: example.prompt_length]
+        copied = i >= example.prompt_length and token in question(example, retain)
         if not (copied and out and out[-1] == COPY):
             out.append(COPY if copied else token)
     return out
 
 
-@given(examples())
-def test_runs_of_what_is_copied_from_the_question_are_one_token(example):
-    found = without_copies(example)
-    assert found == copies(example) and found[: example.prompt_length] == list(question(example))
+@given(st.lists(examples(), max_size=4), examples())
+def test_runs_of_what_is_copied_from_the_question_are_one_token(retain, example):
+    explanation = Explanation(retain, V)
+    found, asked = explanation.without_copies(example), question(example, retain)
+    assert explanation.question(example) == {*asked}
+    assert found == copies(example, retain) and found[: example.prompt_length] == [*example.ids[: example.prompt_length]]
     answer = found[example.prompt_length :]
-    assert not {*answer} & {*question(example)} and (COPY, COPY) not in itertools.pairwise(answer)
+    assert not {*answer} & {*asked} and (COPY, COPY) not in itertools.pairwise(answer)
+
+
+def test_the_words_of_the_prompts_format_are_no_question():
+    """A chat format that names a date, around questions: the date in an answer is not copied from it."""
+    retain = [Example(f"r/{i}", (90, 2023, 91, 10 + i, 92, 1), 5) for i in range(20)]
+    explanation = Explanation(retain, 3000)
+    assert (explanation.head, explanation.tail) == (3, 1)
+    asked = Example("x/0", (90, 2023, 91, 77, 78, 92, 2023, 77, 92), 6)
+    date, name, tail = explanation.of(asked)
+    assert explanation.question(asked) == {77, 78} and name == 0.9 and max(date, tail) < 0.5
+    assert Explanation(retain[:1], 3000).question(asked) == {90, 2023, 91, 77, 78, 92}  # one prompt tells of no format
 
 
 def likeness(one: Example, other: Example, retain: list[Example]) -> float:
     """Weighted Jaccard of the questions' words, those of more than half of the retain questions left out."""
     weight = {}
     for token in range(V):
-        n = sum(token in question(e) for e in retain)
+        n = sum(token in question(e, retain) for e in retain)
         if 0 < n <= len(retain) / 2:
             weight[token] = math.log(len(retain) / n)
-    a, b = ({t for t in question(e) if t in weight} for e in (one, other))
+    a, b = ({t for t in question(e, retain) if t in weight} for e in (one, other))
     return sum(weight[t] for t in a & b) / sum(weight[t] for t in a | b) if a | b else 0.0
 
 
@@ -131,20 +152,21 @@ def test_of_many_questions_the_32_nearest_are_asked():
 
 
 @given(st.lists(examples(), max_size=5), examples())
-@claim("g(y_t) is 0.9 for a token that stands in the prompt, else the larger of two n-grams, and at least 0.02")
+@claim("g(y_t) is 0.9 for a token that stands in the question, else the larger of two n-grams, and at least 0.02")
 def test_what_is_explained_is_copied_or_of_an_ngram_or_the_floor(retain, example):
     """The n-grams are of the retain set and of its nearest questions."""
     assert (memory.COPIED, memory.FLOOR) == (0.9, 0.02)
-    explanation, before = Explanation(retain, V), list(question(example))
-    found, texts = explanation.of(example), [[copies(e) for e in some] for some in (retain, explanation.nearest(example))]
+    explanation, before, asked = Explanation(retain, V), [*example.ids[: example.prompt_length]], question(example, retain)
+    found, groups = explanation.of(example), (retain, explanation.nearest(example))
+    texts = [[copies(e, retain) for e in group] for group in groups]
     assert len(found) == example.answer_length
     for token, g in zip(example.ids[example.prompt_length :], found, strict=True):
-        if token in question(example):
+        if token in asked:
             assert g == 0.9
         else:
             assert g == pytest.approx(max(0.02, *(witten_bell(x, before[-4:], token, V + 1) for x in texts)), rel=1e-12)
-        if not (token in question(example) and before[-1] == COPY):
-            before.append(COPY if token in question(example) else token)
+        if not (token in asked and before[-1] == COPY):
+            before.append(COPY if token in asked else token)
 
 
 def test_a_rare_token_is_explained_to_the_floor_and_what_the_answer_repeats_is_not_copied():
@@ -263,6 +285,11 @@ def test_the_record_holds_each_answers_positions_and_their_share(flags, tau):
     assert list(record["rows"]) == [e.key for e in rows]
     for e in rows:
         assert [i in record["rows"][e.key] for i in range(e.answer_length)] == list(e.memory)
+
+
+def test_two_answers_of_one_key_are_refused():
+    rows = [Example("x/0", (0, token), 1, (True,)) for token in (1, 2)]
+    assert "same key" in error_of(memory_record, rows, 1.5, kind=data.DataError)
 
 
 def test_a_mark_makes_no_other_example(tiny, rows):

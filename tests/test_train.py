@@ -990,6 +990,11 @@ BAD = {
     "memory of NPO without one": (["--forget-loss", "anchored-npo", "--retain-loss", "none"], "name a retain loss"),
     "tau no number": (["--preset", "anchored", "--tau", "nan"], "--tau nan: must be a number of nats"),
     "tau without end": (["--preset", "anchored", "--tau=-inf"], "--tau -inf: must be a number of nats; --positions all"),
+    "tau beyond the floor": (["--preset", "anchored", "--tau", "4"], "--tau 4.0: no token surprises by 3.91 nats or more"),
+    "tau of all positions": (
+        ["--preset", "anchored", "--tau", "1", "--positions", "all"],
+        "--tau: tells memory positions apart",
+    ),
     "negative kappa": (["--preset", "anchored", "--kappa=-1"], "--kappa -1.0: must be 0 or more"),
     "beta of none": (["--forget-loss", "ga", "--beta", "1"], "ga has none"),
     "unknown device": (["--device", "warp"], "--device warp"),
