@@ -1,6 +1,6 @@
 """All experiments of a scale, one after the other; each goes on where it was.
 
-python experiments/all.py --scale toy                          about 90 minutes on 2 CPU cores from nothing
+python experiments/all.py --scale toy                          over two hours on 2 CPU cores from nothing
 python experiments/all.py --scale toy --results again          from nothing, in another folder than the committed results
 """
 

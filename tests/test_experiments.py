@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import make_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ pytest.importorskip("matplotlib")
 
 import metrics
 import muse
+import tofu
 import toy
 import train
 from config import make_config
@@ -30,6 +32,7 @@ from model import Llama, LlamaConfig, save_pretrained
 RATIOS = st.lists(st.integers(1, 60).map(lambda n: n / 20), min_size=2, max_size=12)
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = {"tofu": "baselines", "muse": "muse_news"}  # results whose script has another name
+EXPERIMENTS = ["tofu", "ablation", "beta", "failures", "stability", "anchored", "selection", "filter", "muse"]
 
 
 def script(name: str):
@@ -62,7 +65,7 @@ def run(name: str, monkeypatch, *flags: str) -> int:
     return end.value.code
 
 
-@pytest.mark.parametrize("name", ["tofu", "ablation", "beta", "failures", "stability", "anchored", "filter", "muse"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, monkeypatch, capsys, name):
     assert run(name, monkeypatch) == 0
     results = Path("results/smoke")
@@ -156,11 +159,28 @@ def test_the_scale_of_smollm2_on_a_tiny_model(tmp_path, common, monkeypatch):
     assert scale.prepare("forget01", 0) == 0
 
 
+def test_wordings_are_other_answers_to_the_same_questions(tmp_path, common):
+    """At most as many as asked for, each once, none the trained answer; train.py takes the file beside the forget set."""
+    tiny = make_tiny(tmp_path)
+    rows, made = tofu.load_rows("toy_forget10[:12]"), script("wordings")
+    found = made.wordings(tiny.model, tiny.tokenizer, rows, 3, 60)
+    trained = {row.question: row.answer for row in rows}
+    asked = [row.question for row in found]
+    assert found and {*asked} <= {*trained} and max(map(asked.count, asked)) <= 3
+    assert len({(row.question, row.answer) for row in found}) == len(found)
+    assert all(row.answer.strip() and row.answer != trained[row.question] for row in found)
+    made.write_rows(tmp_path / "more.jsonl", found)
+    both = tofu.load_rows(f"toy_forget10[:12]+{tmp_path / 'more.jsonl'}")
+    assert [row.answer for row in both[12:]] == [row.answer for row in found]
+    sets = tofu.evaluation_sets(f"toy_forget10[:12]+{tmp_path / 'more.jsonl'}")
+    assert sets == tofu.evaluation_sets("toy_forget10[:12]") and tofu.complement("toy_forget10+more.jsonl") == "toy_retain90"
+
+
 def test_every_method_has_the_same_number_of_settings_and_all_differ(common):
     for scale in common.SCALES.values():
         for method in (common.METHODS | common.TABLE_5 if scale.rates else scale.methods).values():
             settings = common.grid(method, scale.rates)
-            assert len({tuple(s.items()) for s in settings}) == len(settings) == 2 * max(1, len(scale.rates))
+            assert len({tuple(s.items()) for s in settings}) == len(settings) == (2 * len(scale.rates) or 1)
 
 
 def test_the_committed_runs_are_of_todays_command_lines(common):
