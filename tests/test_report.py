@@ -151,7 +151,7 @@ def test_the_page_shows_the_scores_settings_and_hints_of_the_run(run):
     assert all(report.visible(hint) in page.text for hint in summary["hints"])
     settings = page.text.split("Scores")[0]
     assert (
-        "forget_loss anchored" in settings and "lr 0.003" in settings and "kappa 0.02" in settings and "tau -2.5" in settings
+        "forget_loss anchored" in settings and "lr 0.003" in settings and "kappa 0.05" in settings and "tau -2.5" in settings
     )
     assert page.tags.count("svg") == 2 and page.tags.count("polyline") == 2 and page.tags.count("circle") == 6
 

@@ -260,7 +260,7 @@ def test_gradient_is_that_of_the_papers_objective(tiny):
 
 
 @pytest.mark.parametrize("losses", LOSSES, ids="+".join)
-@few
+@settings(few, max_examples=2)
 @given(limit=st.integers(1, 100), micro=st.integers(1, 14), options=OPTIONS)
 @example(limit=1, micro=14, options={})
 @example(limit=10**6, micro=14, options={})
