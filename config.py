@@ -155,7 +155,7 @@ def make_config(given: dict) -> Config:
         raise RunError(f"--preset {preset}: unknown; known are {', '.join(PRESETS)}")
     settings = PRESETS[usual] | PRESETS[preset] | given
     if toy and settings.get("forget_loss") == settings.get("retain_loss") == "anchored":
-        settings = TOY_ANCHORED | settings if "lr" in given else settings | TOY_ANCHORED
+        settings |= TOY_ANCHORED | given
     config = Config(**(settings | {"preset": preset}))
     positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
     for name in positive + (("beta",) if config.beta is not None else ()):

@@ -9,7 +9,7 @@ retain set.
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from tqdm import tqdm
@@ -131,16 +131,25 @@ class Explanation:
 
 
 @torch.no_grad()
-def mark_memory(model: Llama, forget: Sequence[Example], retain: Sequence[Example], tau: float) -> list[Example]:
-    """The forget examples with their memory positions marked. `model` is the reference; each sequence is read alone, so that
-    a position does not depend on what shares a batch with it."""
-    explanation, marked = Explanation(retain, model.config.vocab_size), []
+def answer_nll(model: Llama, example: Example) -> list[float]:
+    """-log p of each answer token. The sequence is read alone, so that nothing depends on what shares a batch with it."""
+    batch = pack([example]).to(model.device)
+    return token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
+
+
+def mark(model: Llama, forget: Sequence[Example], explained: Callable[[Example], list[float]], tau: float) -> list[Example]:
+    """The forget examples with their memory positions marked. model: the reference. explained(example): g(y_t | s_t)."""
+    marked = []
     for example in tqdm(forget, desc="memory positions", unit="sequence", leave=False):
-        batch = pack([example]).to(model.device)
-        nll = token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
-        surprise = [-loss - math.log(g) for loss, g in zip(nll, explanation.of(example), strict=True)]
+        nll = answer_nll(model, example)
+        surprise = [-loss - math.log(g) for loss, g in zip(nll, explained(example), strict=True)]
         marked.append(dataclasses.replace(example, memory=tuple(x > tau for x in surprise)))
     return marked
+
+
+def mark_memory(model: Llama, forget: Sequence[Example], retain: Sequence[Example], tau: float) -> list[Example]:
+    """`mark` by what the retain set explains."""
+    return mark(model, forget, Explanation(retain, model.config.vocab_size).of, tau)
 
 
 def memory_record(marked: Sequence[Example], tau: float) -> dict:

@@ -66,13 +66,13 @@ def experiment(lab: Lab) -> None:
         scatter(axis, {name: [outcome(r) for r in group] for name, group in runs.items()}, f"{scale.name}, {forget}")
         told = {name: speaking(group) for name, group in runs.items()}
         level = measured(bounds, "language", "retrained")
-        scatter(below, told, "", "language (dotted: the retrained model's)", statistics.fmean(level) if level else None)
+        line = statistics.fmean(level) if level else None
+        scatter(below, told, "", "language (dotted: the retrained model's)", line)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     text += f"{note(scale.seeds)} {budget(scale, scale.methods)}"
     lab.write(text, figure)
     (lab.folder / "tofu-short.md").write_text(f"{short}\n", encoding="utf-8")
     picture, [[axis]] = subplots(1, 1, size=(7, 4.2))
-    line = statistics.fmean(level) if level else None
     scatter(axis, told, f"{scale.name}, {forget}", "language (dotted: the retrained model's)", line)
     picture.legend(loc="outside right center", fontsize=8)
     picture.savefig(lab.folder / "tofu-language.png", dpi=110)

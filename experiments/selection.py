@@ -7,14 +7,13 @@ Each variant is a function in the place of `memory.mark_memory`, so that it can 
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from unittest import mock
 
-import torch
 from common import METHODS, RUNS, Job, Lab, Plan, call, do, job, main, markdown, note, share, spread, subplots
 from tqdm import tqdm
 from wordings import wordings, write_rows
@@ -23,28 +22,12 @@ import eval as evaluation
 import memory
 import train
 from config import make_config
-from data import Example, pack
-from dipo import token_nll
+from data import Example
 from files import read_json
 from model import load_pretrained
 from tofu import Tofu
 
 OTHERS = 8
-
-
-def marked(model, forget: Sequence[Example], tau: float, explained: Callable[[Example], list[float]]) -> list[Example]:
-    """As `memory.mark_memory`, with any g: explained(example) -> g(y_t | s_t) of each answer token."""
-    found = []
-    for example in forget:
-        surprise = [-nll - math.log(g) for nll, g in zip(losses(model, example), explained(example), strict=True)]
-        found.append(replace(example, memory=tuple(x > tau for x in surprise)))
-    return found
-
-
-def losses(model, example: Example) -> list[float]:
-    batch = pack([example])
-    with torch.no_grad():
-        return token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
 
 
 def another_question(model, forget, retain, tau):
@@ -54,12 +37,11 @@ def another_question(model, forget, retain, tau):
         prompt, answer = memory.prompt(example), example.ids[example.prompt_length :]
         others = [retain[97 * k % len(retain)] for k in range(OTHERS)]
         swapped = [Example("", memory.prompt(e) + answer, e.prompt_length) for e in others]
-        mean = [
-            sum(math.exp(-x) for x in column) / OTHERS for column in zip(*(losses(model, e) for e in swapped), strict=True)
-        ]
+        columns = zip(*(memory.answer_nll(model, e) for e in swapped), strict=True)
+        mean = [sum(math.exp(-x) for x in column) / OTHERS for column in columns]
         return [memory.COPIED if token in prompt else max(memory.FLOOR, p) for token, p in zip(answer, mean, strict=True)]
 
-    return marked(model, forget, tau, explained)
+    return memory.mark(model, forget, explained, tau)
 
 
 def one_ngram(model, forget, retain, tau):
@@ -71,7 +53,7 @@ def one_ngram(model, forget, retain, tau):
         found = [(ids[i], ngram.probability(ids[:i], ids[i])) for i in range(len(prompt), len(ids))]
         return [memory.COPIED if token in prompt else max(memory.FLOOR, p) for token, p in found]
 
-    return marked(model, forget, tau, explained)
+    return memory.mark(model, forget, explained, tau)
 
 
 VARIANTS = {  # name -> (in place of mark_memory, flags, with other wordings)

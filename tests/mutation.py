@@ -131,7 +131,7 @@ EDITS = {"dipo.py": [
     (r" \* \(before\[-1\] != COPY\)", "", "each copied token counted"),
     (r"Explanation\(retain", "Explanation(forget", "what the forget set explains"),
     (r"self\.ngram_of\(self\.nearest\(example\)\)", "self.ngram", "the nearest questions left out"),
-    (r"ngrams = self\.ngram, ", "ngrams = self.ngram_of([]), ", "nothing but the nearest questions"),
+    (r"= \(self\.ngram, ", "= (self.ngram_of([]), ", "nothing but the nearest questions"),
     (r"lambda i: -likenesses", "lambda i: likenesses", "the questions least alike"),
     (r"-loss - math\.log\(g\)", "-loss + math.log(g)", "the explanation with the other sign"),
     (r"-loss - math\.log\(g\)", "-loss", "no explanation"),
