@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +21,23 @@ from pathlib import Path
 
 import files
 import report
-from data import PROMPT_FORMATS, Tokenizer
-from files import UserError
+from data import OWN_FILE, PROMPT_FORMATS, Tokenizer
+from files import Field, UserError
+from hub import commit_of, local_path
 from inference import Benchmark, Options, pick_device, pick_dtype
 from metrics import EvalError, require_extra
-from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, resolve_folder
+from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, recorded_prompt, resolve_folder
 from muse import Muse
 from tofu import Tofu, scored
 
+TOKENIZER_PATTERNS = ("tokenizer*.json", "special_tokens_map.json", "*.jinja")
 BENCHMARKS: dict[str, type[Benchmark]] = {"tofu": Tofu, "toy": Tofu, "muse": Muse}  # by the first word of a data set's name
 ALIASES = {alias: known for kind in BENCHMARKS.values() for alias, known in kind.checkpoints.items()}
 
 
 def benchmark_of(spec: str) -> type[Benchmark]:
     """The class of a data set's benchmark. A file of one's own holds questions: TOFU's schema."""
-    return Tofu if ".json" in spec else BENCHMARKS.get(spec.partition("_")[0], Tofu)
+    return Tofu if OWN_FILE.search(spec) else BENCHMARKS.get(spec.partition("_")[0], Tofu)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Source:
     config: LlamaConfig
     tokenizer: Tokenizer
     run: Path | None  # see `run_folder`
+    commit: str | None  # of a model from the hub
 
 
 def resolve_model(name: str, kind: str) -> str:
@@ -53,26 +57,46 @@ def resolve_model(name: str, kind: str) -> str:
     benchmark, 'base' for the one before. Raises ModelError for a name that is no alias, no folder and cannot be a hub id."""
     if name in ALIASES:
         return getattr(ALIASES[name], kind)
-    if not Path(name).exists() and "/" not in name:
+    path = local_path(name)
+    if "/" not in name and not os.path.exists(path or name):
         raise ModelError(f"--model {name}: neither an alias ({', '.join(ALIASES)}) nor a folder nor a hub id (owner/name)")
-    return name
+    return name if path is None else str(path)
+
+
+def run_record(run: Path) -> dict:
+    """What config.json keeps of a run of train.py; {} for a folder that is none. Raises ModelError for a broken file."""
+    path, fields = run / "config.json", {"config": Field(dict), "prompt_format": Field(str, required=False)}
+    if not path.exists() or "config" not in (record := files.read_json(path, ModelError)):
+        return {}
+    if wrong := files.fault(record, Field(dict, fields=fields)):
+        raise ModelError(f"{path}: {wrong}; name the model itself, {run / 'model'}")
+    return record
 
 
 def run_folder(source: str) -> Path | None:
     """The run folder that a model is, if it is one: a place where its evaluations may be kept."""
-    return Path(source) if Path(source, "model", "config.json").exists() else None
+    run = Path(source)
+    return run if (run / "model" / "config.json").exists() and run_record(run) else None
 
 
 def open_source(name: str, kind: str, tokenizer: str | None = None, prompt: str = "auto") -> Source:
-    """Everything of a model but its weights. An alias has its prompt format, and a tokenizer where its models have none.
-    tokenizer: folder or hub id, else the model's own. Raises ModelError as `resolve_model`, DataError as `Tokenizer`."""
+    """Everything of a model but its weights. What it was trained in here decides its prompt format, or its alias, which has
+    a tokenizer too where its models have none. tokenizer: folder or hub id, else the model's own. What is named otherwise is
+    taken, and the difference told. Raises ModelError as `resolve_model`, DataError as `Tokenizer`."""
     source = resolve_model(name, kind)
-    if alias := ALIASES.get(name):
-        prompt, tokenizer = alias.prompt if prompt == "auto" else prompt, tokenizer or alias.tokenizer
     folder = resolve_folder(source)
     config = read_config(folder)
-    words = resolve_folder(tokenizer, ("tokenizer*.json", "special_tokens_map.json", "*.jinja")) if tokenizer else folder
-    return Source(source, folder, config, Tokenizer(words, config.vocab_size, prompt), run_folder(source))
+    run = run_folder(str(folder.parent))  # also where RUN/model is named
+    known = recorded_prompt(folder) or (run_record(run).get("prompt_format") if run else None)
+    if alias := ALIASES.get(name):
+        known, tokenizer = alias.prompt, tokenizer or alias.tokenizer
+    if known and prompt not in ("auto", known):
+        print(f"--prompt {prompt}: {name} was trained in the {known} format", file=sys.stderr, flush=True)
+    words = resolve_folder(tokenizer, TOKENIZER_PATTERNS) if tokenizer else folder
+    found = Tokenizer(words, config.vocab_size, known or prompt if prompt == "auto" else prompt)
+    if not alias and (own := folder / "tokenizer.json").is_file() and own.read_bytes() != found.path.read_bytes():
+        print(f"--tokenizer {tokenizer}: is another than the model's own", file=sys.stderr, flush=True)
+    return Source(source, folder, config, found, run_folder(source), commit_of(folder))
 
 
 def plot(run: Path) -> Path:

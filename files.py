@@ -130,12 +130,12 @@ def fault(value: Any, field: Field, name: str = "") -> str:
         shown = KINDS[type(value)] if isinstance(value, (list, dict)) else json.dumps(value)[:40]
         return f"key {name!r} is {shown}, expected {expected}"
     inside: list[tuple[Any, Field, str]] = []
-    for key, declared in (field.fields or {}).items():
+    for key, declared in (field.fields or {}).items() if isinstance(value, dict) else ():
         if key in value:
             inside.append((key, declared, key))
         elif declared.required:
             return f"key {f'{name}.{key}'.lstrip('.')!r} is missing"
-    if field.items:
+    if field.items and isinstance(value, (list, dict)):
         inside += [(key, field.items, str(key)) for key in (value if isinstance(value, dict) else range(len(value)))]
     return next(
         (wrong for key, inner, last in inside if (wrong := fault(value[key], inner, f"{name}.{last}".lstrip(".")))), ""

@@ -62,7 +62,8 @@ def find_file(repo: str, name: str, data_dir: str | Path | None, remedy: str, lo
     """The first of the `local` files that `data_dir` has (default: `repo`/`name`), else `name` of the hub's data set `repo`.
     Raises DataError, with the remedy where neither has it."""
     if data_dir is not None:
-        if not Path(data_dir).is_dir():
+        data_dir = Path(data_dir).expanduser()
+        if not data_dir.is_dir():
             raise DataError(f"--data-dir {data_dir}: no such folder")
         for path in (Path(data_dir, file) for file in local or [f"{repo}/{name}"]):
             if path.exists():
@@ -234,7 +235,7 @@ class Benchmark:
         interrupted evaluation goes on from what that file holds, of this model and this evaluation. label: of the progress
         bar. Raises as `plan`, and EvalError naming the example whose loss is not finite."""
         if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
-            model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+            model = model.frozen_copy(norms=True)  # as it is saved; cast once, not in every step of generation
         plan, journaled = self.plan(tokenizer), Journal(journal)
         done, work = journaled.done, [w for part in plan.values() for w in part.values()]
         texts, prompts = [text for w in work for text in w.texts.values()], [w.prompt for w in work if w.prompt]
@@ -334,7 +335,8 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' -> bfloat16 on a GPU that has it, else float32."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    """'auto' -> bfloat16 on a GPU that computes in it, else float32."""
+    if dtype == "auto":  # not is_bf16_supported(): it counts emulation, in which GPUs before 8.0 have it
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -7,13 +7,11 @@ Other architectures, biases, sliding windows and quantised weights are a ModelEr
 
 import copy
 import itertools
-import json
 import math
-import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from files import UserError, first_line, read_json
+from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
+from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class ModelError(UserError):
@@ -286,9 +284,12 @@ class Llama(nn.Module):
             cache.length += 1
         return self.model.norm(x if at is None else x.flatten(0, 1)[at])
 
-    def frozen_copy(self) -> "Llama":
-        """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does."""
-        used = {p: p.detach().to(self.compute_dtype if p.ndim == 2 else p.dtype, copy=True) for p in self.parameters()}
+    def frozen_copy(self, norms: bool = False) -> "Llama":
+        """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does, or with
+        norms in the compute dtype too, what `save_pretrained` keeps of it."""
+        used = {
+            p: p.detach().to(self.compute_dtype if norms or p.ndim == 2 else p.dtype, copy=True) for p in self.parameters()
+        }
         # Given by what they are copies of, so that deepcopy does not first copy the parameters as they are.
         return copy.deepcopy(self, {id(p): nn.Parameter(x, requires_grad=False) for p, x in used.items()}).eval()
 
@@ -338,27 +339,57 @@ def generate(
 
 
 def resolve_folder(name: str | Path, patterns: Sequence[str] = ("*.json", "*.jinja", "*.safetensors")) -> Path:
-    """The local folder of a model: a folder (of a model, or a run of train.py that has `model/` inside), else a hub id, of
-    which only JSON, safetensors and chat templates (looked at as text) are downloaded: no pickle is ever fetched.
-    `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's cache work as usual. Raises ModelError when it is neither."""
-    if (path := Path(name)).is_dir():
-        return path / "model" if (path / "model" / "config.json").exists() else path
-    try:
-        from huggingface_hub import snapshot_download
+    """The local folder of a model: a folder (of a model, or a run of train.py that has `model/` inside), else a hub id,
+    `owner/name` or `owner/name@revision`, of which only JSON, safetensors and chat templates (looked at as text) are
+    downloaded: no pickle is ever fetched. Raises ModelError when it is neither, or the hub gives nothing."""
+    if (path := local_path(name)) is None:
+        return fetch(str(name), patterns, ModelError, f"or pass a folder: {HOLDS}")
+    if not path.is_dir():
+        what = (
+            "a file; pass its folder" if path.exists() else f"no such folder; pass a folder or hub id (owner/name): {HOLDS}"
+        )
+        raise ModelError(f"{name}: {what}")
+    return path / "model" if (path / "model" / "config.json").exists() and not checkpoint_index(path) else path
 
-        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
-    except Exception as e:  # the hub client raises its own, requests', httpx's and the system's errors
-        why = f"as a hub id (owner/name) it gave nothing ({type(e).__name__}: {first_line(e)})"
-        raise ModelError(f"{name}: no such folder, and {why}; offline, pass a folder: {HOLDS}") from None
+
+def checkpoint_index(folder: Path) -> Path | None:
+    """The file that holds, or lists, a checkpoint's tensors."""
+    names = "model.safetensors", "model.safetensors.index.json"
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+SIZE = Field(int, 1, 2**31)
+TOKEN = Field(int, -1, 2**31, required=False, null=True)  # -1: what old writers have for none
+CONFIG = {
+    **dict.fromkeys("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split(), SIZE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim"), replace(SIZE, required=False, null=True)),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN), "tie_word_embeddings": Field(bool, required=False, null=True),
+    "max_position_embeddings": replace(SIZE, required=False), "rms_norm_eps": Field(float, 0, 1, required=False),
+    "initializer_range": Field(float, 0, 1e3, required=False),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), Field(dict, required=False, null=True)),
+    "dipo": Field(dict, required=False, fields={"prompt_format": Field(str)}),  # ours
+}  # fmt: skip
+THETA = {"rope_theta": Field(float, 1, 1e15, required=False, null=True)}
+LLAMA3 = {  # rope_scaling's
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), Field(float, 1e-6, 1e6)),
+    "factor": Field(float, 1, 1e6), "original_max_position_embeddings": SIZE,
+}  # fmt: skip
 
 
 def read_config(folder: Path) -> LlamaConfig:
     """Read config.json (old `rope_theta`/`rope_scaling` keys or transformers 5's `rope_parameters`). Raises ModelError for a
     missing or broken file, and for every attribute that this module does not implement."""
     path = Path(folder) / "config.json"
-    raw = read_json(path, ModelError, f"download it again: {HOLDS}")
+    if adapter := next(
+        (n for n in ("adapter_config.json", "adapter_model.safetensors") if path.with_name(n).exists()), None
+    ):
+        how = "merge it into its model first (peft's merge_and_unload, then save_pretrained)"
+        raise ModelError(f"{folder}: is an adapter ({adapter}); {how}, or remove {adapter} where it is merged already")
+    raw = read_json(path, ModelError, f"{again(path)}: {HOLDS}")
     if (kind := raw.get("model_type")) != "llama":
         raise ModelError(f"{path}: model_type is {kind!r}; only 'llama' (Llama 2 and 3, SmolLM2) is implemented")
+    if wrong := fault(raw, Field(dict, fields=CONFIG)):
+        raise ModelError(f"{path}: {wrong}; is this a Llama checkpoint?")
     # As transformers 5 reads it: what stands beside the dictionary counts where the dictionary does not have it.
     rope = {key: raw.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope |= raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -371,61 +402,103 @@ def read_config(folder: Path) -> LlamaConfig:
     }  # fmt: skip
     for key, values in implemented.items():
         if (value := settings.get(key, values[0])) not in values:
-            raise ModelError(f"{path}: {key} = {value!r} is not implemented in model.py; use another checkpoint")
-    sizes = {n: raw.get(n) for n in "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()}
-    names = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
-    scaling = {n: rope.get(n) for n in names} if kind == "llama3" else {}
-    if missing := [n for n, value in (sizes | scaling).items() if value is None]:
-        raise ModelError(f"{path}: lacks {', '.join(missing)}; is this a Llama checkpoint?")
+            raise ModelError(f"{path}: {key} = {value!r:.40} is not implemented in model.py; use another checkpoint")
+    if wrong := fault(rope, Field(dict, fields=THETA | (LLAMA3 if kind == "llama3" else {}))):
+        raise ModelError(f"{path}: {wrong}; is this a Llama checkpoint?")
+    scaling = {name: rope[name] for name in LLAMA3} if kind == "llama3" else {}
+    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ModelError(f"{path}: low_freq_factor is not below high_freq_factor; is this a Llama checkpoint?")
     generation = path.with_name("generation_config.json")  # Llama-3 lists its three stop ids here
-    stops = read_json(generation, ModelError) if generation.exists() else {}
+    stops = read_json(generation, ModelError, again(path)) if generation.exists() else {}
     eos = stops.get("eos_token_id", raw.get("eos_token_id"))
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if wrong := fault(
+        {"eos_token_id": eos}, Field(dict, fields={"eos_token_id": Field(list, items=replace(TOKEN, null=False))})
+    ):
+        raise ModelError(f"{generation if 'eos_token_id' in stops else path}: {wrong}; write token ids there")
     absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}  # Hugging Face's defaults
-    heads = sizes["num_attention_heads"]
+    heads, sizes = raw["num_attention_heads"], {name: raw[name] for name, field in CONFIG.items() if field == SIZE}
     config = LlamaConfig(
         **sizes, **{key: raw.get(key, value) for key, value in absent.items()},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads,
         rope_theta=float(rope.get("rope_theta") or 10000.0), rope_scaling={"rope_type": kind} | scaling if scaling else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")), bos_token_id=raw.get("bos_token_id"),
-        pad_token_id=raw.get("pad_token_id"), eos_token_ids=tuple([eos] if isinstance(eos, int) else eos or ()),
+        pad_token_id=raw.get("pad_token_id"), eos_token_ids=tuple(eos),
     )  # fmt: skip
-    if config.head_dim % 2:
+    if not config.head_dim or config.head_dim % 2:
         raise ModelError(f"{path}: head_dim = {config.head_dim} is odd; rotary positions need two equal halves")
     if heads % config.num_key_value_heads:
         raise ModelError(f"{path}: {heads} query heads are no multiple of {config.num_key_value_heads} key/value heads")
     return config
 
 
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, for a single or sharded safetensors checkpoint. Raises ModelError naming file and remedy."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return dict.fromkeys(open_safetensors(single).keys(), single)
-    if not index.exists():
+class Stored(NamedTuple):
+    """A tensor of a checkpoint, from its file's header."""
+
+    file: Path
+    name: str  # in the file
+    shape: list[int]
+
+    def read(self) -> Tensor:
+        with open_safetensors(self.file) as f:
+            return f.get_tensor(self.name)
+
+
+def canonical(name: str) -> str:
+    """A tensor's name without what torch.compile and DataParallel add, with the `model.` that AutoModel leaves out."""
+    name = name.replace("_orig_mod.", "").removeprefix("module.")
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """{canonical name: tensor} of a single or sharded safetensors checkpoint. Raises ModelError naming file and remedy."""
+    if (index := checkpoint_index(folder)) is None:
         pickles = sorted(p.name for p in folder.glob("*.bin")) or sorted(p.name for p in folder.glob("*.pt"))
         why = f" (found {pickles[0]}: pickles are never loaded; convert it)" if pickles else ""
         raise ModelError(f"{folder}: neither model.safetensors nor model.safetensors.index.json is there{why}")
-    weight_map = read_json(index, ModelError).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{index}: key 'weight_map' is missing; download it again")
-    paths = {}
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-            raise ModelError(f"{index}: '{name}' points to {shard!r}, outside its folder; do not use this checkpoint")
-        paths[name] = folder / shard
-    for shard in sorted(set(paths.values())):
-        present = open_safetensors(shard).keys()
-        if lost := [n for n, p in paths.items() if p == shard and n not in present]:
-            raise ModelError(f"{shard}: tensor '{lost[0]}' is missing, though {index.name} promises it; download again")
-    return paths
+    promised = dict[str, list[str]]()  # {file: tensors}; none named: all that it holds
+    if index.suffix == ".json":
+        fields = {"weight_map": Field(dict, items=Field(str))}
+        for name, shard in read_json(index, ModelError, again(index), fields=fields)["weight_map"].items():
+            if Path(shard).name != shard or shard in ("", ".."):
+                raise ModelError(f"{index}: '{name}' points to {shard!r}, outside its folder; do not use this checkpoint")
+            promised.setdefault(shard, []).append(name)
+    found: dict[str, Stored] = {}
+    for shard, names in sorted((promised or {index.name: []}).items()):
+        with open_safetensors(path := folder / shard) as f:
+            present = dict.fromkeys(f.keys())
+            if lost := [name for name in names if name not in present]:
+                raise ModelError(f"{path}: tensor '{lost[0]}' is missing, though {index.name} promises it; {again(path)}")
+            for name in names or present:
+                header, key = f.get_slice(name), canonical(name)
+                if (kind := header.get_dtype()) not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(f"{path}: '{name}' is stored as {kind}; only floating-point weights are implemented")
+                if key in found:
+                    raise ModelError(
+                        f"{folder}: tensors '{name}' and '{found[key].name}' are both {key}; remove one of them"
+                    )
+                found[key] = Stored(path, name, header.get_shape())
+    return found
 
 
 def open_safetensors(path: Path):
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("no regular file")
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise ModelError(f"{path}: missing, truncated or corrupt ({first_line(e)}); download it again") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ModelError(f"{path}: missing, truncated or corrupt ({first_line(e)}); {again(path)}") from None
+
+
+def check_sizes(path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> None:
+    """Raises ModelError where config.json (`path`) asks for more than the checkpoint holds: before any of it is built."""
+    widest = max((size for tensor in stored.values() for size in tensor.shape), default=0)
+    sizes = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim".split()
+    for name, most in ({"num_hidden_layers": len(stored)} | dict.fromkeys(sizes, widest)).items():
+        if getattr(config, name) > most:
+            what = f"{name} = {getattr(config, name)}, but its checkpoint holds {len(stored)} tensors, up to {widest} wide"
+            raise ModelError(f"{path}: {what}; the two belong to different models")
 
 
 def load_pretrained(
@@ -436,55 +509,76 @@ def load_pretrained(
     the activations (None: the parameters'). Each tensor is read straight into its place: loading holds the parameters and
     one tensor more. Raises ModelError for whatever does not fit exactly."""
     folder = resolve_folder(name)
-    config = read_config(folder)
+    config, stored = read_config(folder), stored_tensors(folder)
+    path, head, embedding = folder / "config.json", "lm_head.weight", "model.embed_tokens.weight"
+    check_sizes(path, config, stored)
     with torch.device("meta"):
         model = Llama(config)
-    expected, paths, state = dict(model.named_parameters()), checkpoint_files(folder), {}
-    if missing := [n for n in expected if n not in paths]:
-        raise ModelError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all); download it again")
-    # Llama-2 checkpoints of 2023 also store what rope_frequencies() computes, some writers a tied head again.
-    if extra := [n for n in paths if n not in expected and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]:
-        raise ModelError(f"{folder}: tensor '{extra[0]}' is not part of a Llama ({len(extra)} in all)")
+    expected, state = dict(model.named_parameters()), dict[str, Tensor]()
+    if config.tie_word_embeddings and head in stored:  # some writers store a tied head again, others it alone
+        a, b = stored[head].read(), stored.setdefault(embedding, stored[head]).read()
+        if a.dtype != b.dtype or not torch.equal(a, b):  # transformers 4 uses the one, transformers 5 the other
+            which = f"set it to false to use both, or remove '{head}' from {stored[head].file.name}"
+            raise ModelError(f"{path}: tie_word_embeddings is true, yet '{head}' is not '{embedding}'; {which}")
+        del a, b
+    # Llama-2 checkpoints of 2023 also store what rope_frequencies() computes.
+    extra = [n for n in stored if n not in expected and n != head and not n.endswith("rotary_emb.inv_freq")]
+    if missing := [n for n in expected if n not in stored]:
+        remedy = again(folder)
+        if extra:
+            remedy = f"there is '{stored[extra[0]].name}', which has another prefix or is no Llama's: rename the tensors"
+        elif missing == [head]:
+            remedy = "save it with its head (AutoModelForCausalLM), or set tie_word_embeddings where that is the embedding"
+        raise ModelError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all); {remedy}")
+    if extra:
+        raise ModelError(f"{folder}: tensor '{stored[extra[0]].name}' is not part of a Llama ({len(extra)} in all)")
+    for key, p in expected.items():
+        if stored[key].shape != [*p.shape]:
+            shapes = f"{stored[key].shape}, config.json asks for {[*p.shape]}"
+            raise ModelError(f"{stored[key].file}: '{key}' has shape {shapes}; the two belong to different models")
     # Largest first and each file opened anew: what is mapped beside the parameters is one tensor, and small at the end.
-    for key, p in sorted(expected.items(), key=lambda item: -item[1].numel()):
-        with open_safetensors(paths[key]) as f:
-            tensor = f.get_tensor(key)
-            if tensor.shape != p.shape:
-                shapes = f"{[*tensor.shape]}, config.json asks for {[*p.shape]}"
-                raise ModelError(f"{paths[key]}: '{key}' has shape {shapes}; the two belong to different models")
-            state[key] = tensor.to(device, dtype or tensor.dtype, copy=True)
-            del tensor
+    for key, _ in sorted(expected.items(), key=lambda item: -item[1].numel()):
+        tensor = stored[key].read()
+        state[key] = tensor.to(device, dtype or tensor.dtype, copy=True)
+        del tensor
     model.load_state_dict(state, strict=False, assign=True)  # complete, as checked, but for a tied head
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.compute_dtype = compute_dtype or dtype or state["model.embed_tokens.weight"].dtype
+    model.compute_dtype = compute_dtype or dtype or state[embedding].dtype
     return model
 
 
-def save_pretrained(model: Llama, folder: str | Path, tokenizer_from: str | Path | None = None) -> Path:
-    """Write a folder that `load_pretrained` and transformers' AutoModelForCausalLM read back to the same logits: matrices in
-    the compute dtype, norms as they are. tokenizer_from: a folder whose tokenizer files are copied along. The folder appears
-    whole or not at all. Raises ModelError if it exists already or cannot be written (no space)."""
+def save_pretrained(
+    model: Llama, folder: str | Path, tokenizer_from: str | Path | None = None, prompt: str | None = None
+) -> Path:
+    """Write a folder that `load_pretrained` and transformers' AutoModelForCausalLM read back, all tensors in the compute
+    dtype: to the logits of `frozen_copy(norms=True)`. In bfloat16 that rounds norms that were trained in float32 (see
+    docs/running.md); with both, transformers 4 computes nothing. tokenizer_from: a folder whose tokenizer files are copied
+    along. prompt: the prompt format that the model was trained in, which config.json keeps. The folder appears whole or not
+    at all. Raises ModelError if it exists already or cannot be written (no space)."""
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
     if folder.exists():
         raise ModelError(f"{folder}: exists already; remove it or choose another folder")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    raw = model.config.to_dict(model.compute_dtype) | ({"dipo": {"prompt_format": prompt}} if prompt else {})
+    special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        part.mkdir(parents=True)
-        for name in TOKENIZER_FILES:
-            if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
-                shutil.copyfile(source, part / name)
-        raw = model.config.to_dict(model.compute_dtype)
-        special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        (part / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
-        state = {n: p.detach().to(model.compute_dtype if p.ndim == 2 else p.dtype) for n, p in model.named_parameters()}
-        save_torch_state_dict(state, part, metadata={"format": "pt"})
-        part.rename(folder)
+        with replacing(folder) as part:
+            part.mkdir()
+            for name in TOKENIZER_FILES:
+                if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
+                    check_link(source, ModelError)
+                    (part / name).write_bytes(read_bytes(source, ModelError))
+            write_json(part / "config.json", raw, indent=2)
+            write_json(part / "generation_config.json", special, indent=2)
+            state = {n: p.detach().to(model.compute_dtype) for n, p in model.named_parameters()}
+            save_torch_state_dict(state, part, metadata={"format": "pt"})
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
         raise ModelError(f"{folder}: could not be written ({first_line(e)}); free some space or choose another") from None
     return folder
+
+
+def recorded_prompt(folder: Path) -> str | None:
+    """The prompt format that `save_pretrained` wrote into config.json, None where none is there. Raises as `read_config`."""
+    return read_json(folder / "config.json", ModelError, fields=CONFIG).get("dipo", {}).get("prompt_format")

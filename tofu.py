@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import files
 import logs
 import metrics
 import toy
-from data import DataError, Example, Row, Tokenizer, cut, fingerprint, parse_rows, split_spec
+from data import DataError, Example, Row, Tokenizer, cut, fingerprint, own_path, parse_rows, read_lines, split_spec
 from inference import Benchmark, Checkpoint, Prompt, Text, Work, find_file, mean_loss, memorization, score, token_losses
 from metrics import FORGET_PARTS, MEMBERSHIP, MEMORIZATION, UTILITY_PARTS, EvalError, Rows
 from model import Llama
@@ -54,13 +53,13 @@ PROTOCOLS = {
 
 
 def load_rows(spec: str, data_dir: str | Path | None = None, seed: int = 0) -> list[Row]:
-    """Rows of a data set: `tofu_<config>`, `toy_<config>`, or a JSON Lines file of one's own, sliced and added up. data_dir:
+    """Rows of a data set: `tofu_<config>`, `toy_<config>`, or a file of one's own, sliced and added up. data_dir:
     local copies in hub layout (`data_dir/TOFU/forget10.json`), used before the hub. seed: of the toy world. Raises DataError
     for an unknown name or slice, a broken file, or a hub that cannot be reached."""
     rows = []
     for name, lo, hi in split_spec(spec):
-        if name.endswith((".json", ".jsonl")):
-            part = parse_rows(Path(name), Path(name).stem)
+        if own := own_path(name):
+            part = parse_rows(own, own.stem)
         elif name.startswith("toy_") and name[4:] in toy.TOY_CONFIGS:
             part = toy.toy_world(seed)[name[4:]]
         elif name.startswith("tofu_") and name[5:] in TOFU_CONFIGS:
@@ -69,29 +68,28 @@ def load_rows(spec: str, data_dir: str | Path | None = None, seed: int = 0) -> l
             part = parse_rows(find_file("locuslab/TOFU", file, data_dir, remedy, [f"TOFU/{file}"]), name)
         else:
             known = ", ".join([f"tofu_{c}" for c in TOFU_CONFIGS] + [f"toy_{c}" for c in toy.TOY_CONFIGS])
-            raise DataError(f"data set {name!r} is unknown; known are {known}, and files ending in .json or .jsonl")
+            raise DataError(
+                f"data set {name!r} is unknown; known are {known}, and files ending in .json, .jsonl, .csv or .parquet"
+            )
         rows += cut(part, lo, hi, spec)
     return rows
 
 
 def load_refusals(path: str | None, forget: str, data_dir: str | Path | None = None) -> list[str]:
-    """Answers like "I don't know", one a line: of a file, else the toy's own for a toy set, else the TOFU authors' 100
-    (plain lines, despite the name). Raises DataError for a file that is missing or holds none."""
+    """Answers like "I don't know": of a file as `data.read_lines`, else the toy's own for a toy set, else the TOFU authors'
+    100 (plain lines, despite the name). Raises DataError for a file that is missing or holds none."""
     if path is None and forget.startswith("toy_"):
         return list(toy.REFUSALS)
     remedy = "pass a file with a refusal per line as --refusals FILE"
     hub = "open-unlearning/idk", "idk.jsonl"
-    file = Path(path) if path is not None else find_file(*hub, data_dir, remedy, ["TOFU/idontknow.jsonl"])
-    lines = [line.strip() for line in files.read_text(file, DataError, remedy).splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{file}: holds no line; {remedy}")
-    return lines
+    file = Path(path).expanduser() if path is not None else find_file(*hub, data_dir, remedy, ["TOFU/idontknow.jsonl"])
+    return read_lines(file, remedy)
 
 
 def benchmark_parts(spec: str) -> list[tuple[str, str | None, str | None]]:
     """The parts of a data set's name without files of one's own, unless there is nothing else."""
     parts = split_spec(spec)
-    return [part for part in parts if not part[0].endswith((".json", ".jsonl"))] or parts
+    return [part for part in parts if not own_path(part[0])] or parts
 
 
 def complement(forget: str) -> str:

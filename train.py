@@ -377,7 +377,7 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     evaluations = Evaluations(config, benchmark, out, source, model) if benchmark else None
     train(model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None)
     if not (out / "model").exists():
-        save_pretrained(model, out / "model", tokenizer.folder)
+        save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name)
     summary: dict[str, Any] = {"model": str(out / "model")}
     if evaluations:
         summary |= evaluations.finish(model)
