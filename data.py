@@ -268,7 +268,7 @@ def tokenizer_fault(content: bytes) -> str:
     by one, and on every prompt format; other texts may still be too much for it."""
     signs = [chr(i) for i in range(32, 127)] + ["\n\n", "\u00df", "\u5317", "\U0001f642"]
     texts = ["".join(signs), *signs, *(f.prompt + f.answer for f in PROMPT_FORMATS.values())]
-    asked = json.dumps([str(Path(tokenizers.__file__).parent.parent), 4 + len(content) // 2**22, texts])
+    asked = json.dumps([str(Path(tokenizers.__file__).parent.parent), 2 + len(content) // 2**21, texts])
     one_thread = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-I", "-S", "-c", PROBE, asked]
     done = subprocess.run(command, input=content, capture_output=True, env=os.environ | one_thread)
@@ -357,7 +357,7 @@ class Tokenizer:
             raise DataError(f"{self.path}: {what}, which is not implemented; choose another --prompt")
         if getattr(t.model, "dropout", None):
             raise DataError(f"{self.path}: dropout {t.model.dropout} leaves merges out at random; set it to null")
-        if self.config.get("bos_token") is None and (front := t.encode("").tokens):
+        if self.config.get("bos_token") is None and (front := self._call(t.encode, "").tokens):
             raise DataError(f"{path}: key 'bos_token' is missing, yet tokenizer.json adds {front[0]!r}; write it there")
         own = {str(i): token for i, token in t.get_added_tokens_decoder().items()}
         for i, token in self.config.get("added_tokens_decoder", {}).items():

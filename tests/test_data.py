@@ -247,10 +247,10 @@ def test_special_tokens_are_read_as_text_or_as_object_from_either_file(tmp_path)
     assert data.Tokenizer(folder).encode("Who?", "Me.").ids == ids
 
 
-@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
-def test_a_missing_bos_or_eos_is_named(tmp_path, name):
-    folder = write_tokenizer(tmp_path, "plain", **{name: None})
-    message = error_of(lambda: data.Tokenizer(folder).encode("Who?", "Me."))
+@pytest.mark.parametrize("kind, name", [("llama2", "bos_token"), ("llama2", "eos_token"), ("plain", "eos_token")])
+def test_a_missing_bos_or_eos_is_named(tmp_path, kind, name):
+    folder = write_tokenizer(tmp_path, kind, **{name: None})
+    message = error_of(lambda: data.Tokenizer(folder, prompt=kind).encode("Who?", "Me."))
     assert "tokenizer_config.json" in message and f"'{name}'" in message
 
 
@@ -590,7 +590,7 @@ GOOD = '{"question": "a", "answer": "b"}'
         ('{"question": "a", "answer": " \\n"}', "'answer'"),
         ('{"question": "a", "answer": null}', "'answer'"),
         ('{"question": 3, "answer": "b"}', "'question'"),
-        ('{"question": "half \\ud83d of a pair", "answer": "b"}', "'question'"),
+        ('{"question": "half \\ud83d of a pair", "answer": "b"}', "surrogates not allowed"),
         ('{"question": "a", "answer": "b", "paraphrased_answer": 3}', "'paraphrased_answer'"),
         ('{"question": "a", "answer": "b", "paraphrased_answer": ""}', "'paraphrased_answer'"),
         ('{"question": "a", "answer": "b", "perturbed_answer": ["c", 3]}', "'perturbed_answer'"),

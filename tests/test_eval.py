@@ -710,6 +710,7 @@ def test_main_compares_with_a_retrained_model(tiny, other, capsys, tmp_path):
 def test_main_keeps_the_results_of_a_run_folder_and_reads_them_as_retain_logs(tiny, other, capsys, tmp_path, evaluations):
     run = tmp_path / "run"
     save_pretrained(other.model, run / "model", tokenizer_from=other.tokenizer.folder)
+    write_log(run / "config.json", {"config": {}})  # as train.py's
     code, out, _ = run_main(capsys, run)
     [log] = (run / "eval").glob("*/log.json")
     assert code == 0 and f"per-item results: {log}" in out and len(evaluations) == 1
@@ -771,6 +772,7 @@ def test_main_prints_nothing_but_json_when_asked(tiny, other, capsys):
 def test_a_retain_log_is_brought_to_the_arithmetic_truth_ratio_of_the_evaluation(tiny, other, capsys, tmp_path):
     run = tmp_path / "run"
     save_pretrained(other.model, run / "model", tokenizer_from=other.tokenizer.folder)
+    write_log(run / "config.json", {"config": {}})  # as train.py's
     assert run_main(capsys, run)[0] == 0
     [log] = run.glob("eval/*/log.json")
     code, out, _ = run_main(capsys, other.folder, "--retain-logs", log, "--truth-ratio", "arithmetic")
@@ -853,7 +855,10 @@ def test_a_name_is_an_alias_a_folder_or_a_hub_id(tmp_path):
 def test_a_run_folder_is_a_place_to_keep_its_evaluations(tiny, tmp_path):
     run = tmp_path / "run"
     save_pretrained(tiny.model, run / "model", tokenizer_from=tiny.tokenizer.folder)
+    write_log(run / "config.json", {"config": {}})  # as train.py's
     assert eval.open_source(str(run), "target").run == run and eval.open_source(str(tiny.folder), "target").run is None
+    write_log(run / "config.json", {"model_type": "llama"})  # a folder with a model in it
+    assert eval.open_source(str(run), "target").run is None
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ import pytest
 import torch
 import transformers
 from claims import claim
+from helpers import make_tiny, tofu_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import inference
 import model as model_module
 from model import (
     TOKENIZER_FILES,
@@ -31,9 +33,11 @@ from model import (
     generate,
     load_pretrained,
     read_config,
+    recorded_prompt,
     rope_frequencies,
     save_pretrained,
 )
+from toy import toy_world
 
 TOLERANCE = 1e-4  # of logits, absolute
 ROOT = Path(model_module.__file__).parent
@@ -905,3 +909,211 @@ def test_refuses_an_index_without_a_tensor(shards):
 def test_refuses_an_index_without_a_map(shards):
     write_json(shards / "model.safetensors.index.json", {"metadata": {}})
     assert_refused(shards, str(shards / "model.safetensors.index.json"), "'weight_map' is missing")
+
+
+# ------------------------------------------------------------------------------- names, heads, sizes, what is no file
+
+
+RENAMED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled blocks": lambda name: name.replace(".self_attn", "._orig_mod.self_attn"),
+    "data parallel": lambda name: f"module.{name}",
+    "both": lambda name: f"module._orig_mod.{name}",
+    "without model.": lambda name: name.removeprefix("model."),
+    "student": lambda name: f"student.{name}",
+}
+
+
+@pytest.mark.parametrize("how", RENAMED)
+def test_tensor_names_of_wrappers_are_read_and_others_are_shown(tmp_path, how):
+    folder = save_pretrained(tiny(), tmp_path / "model")
+    tensors = {RENAMED[how](name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    if how == "student":
+        assert_refused(folder, "'student.", "another prefix")
+    else:
+        assert same_logits(load_pretrained(folder), tiny())
+
+
+def test_two_names_for_one_tensor_are_refused(checkpoint):
+    change_tensors(checkpoint, **{"module.model.norm.weight": torch.ones(32)})
+    assert_refused(checkpoint, "'module.model.norm.weight'", "'model.norm.weight'")
+
+
+def test_a_model_without_its_head_says_how_to_save_it(checkpoint):
+    change_tensors(checkpoint, **{"lm_head.weight": None})
+    assert_refused(checkpoint, "'lm_head.weight' is missing", "AutoModelForCausalLM")
+
+
+@pytest.mark.parametrize("stored", ["head alone", "equal", "different", "another dtype"])
+def test_a_tied_checkpoint_is_loaded_as_it_is_stored_or_refused(tmp_path, stored):
+    """transformers 5 keeps a head that differs, transformers 4 drops it."""
+    folder, weight = save_pretrained(tiny(), tmp_path / "tied"), tiny().lm_head.weight.detach().clone()
+    head = {"different": weight + 1e-6, "another dtype": weight.bfloat16()}.get(stored, weight)
+    change_tensors(folder, **{"lm_head.weight": head})
+    if stored == "head alone":
+        change_tensors(folder, **{"model.embed_tokens.weight": None})
+    if stored in ("head alone", "equal"):
+        loaded = load_pretrained(folder)
+        assert same_logits(loaded, tiny()) and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    else:
+        assert_refused(folder, "config.json", "tie_word_embeddings", "'lm_head.weight'", "'model.embed_tokens.weight'")
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.safetensors")])
+def test_an_adapter_is_told_to_be_merged(tmp_path, checkpoint, beside):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+    save_file({"base_model.model.model.norm.lora_A.weight": torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    for name in beside:
+        shutil.copy(checkpoint / name, folder / name)
+    assert_refused(folder, str(folder), "is an adapter", "merge_and_unload")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_are_no_plain_numbers_are_refused(checkpoint, dtype):
+    change_tensors(checkpoint, **{"model.norm.weight": torch.ones(32).to(dtype)})
+    assert_refused(checkpoint, "'model.norm.weight'", "floating-point")
+
+
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    """A function that writes these JSON objects into a good checkpoint and returns its folder, the same one every time."""
+    folder = save_pretrained(tiny("llama2"), tmp_path_factory.mktemp("edited") / "model")
+    raw = json.loads((folder / "config.json").read_text())
+
+    def edit(config: dict, generation: dict | None = None) -> Path:
+        write_json(folder / "config.json", raw | config)
+        write_json(folder / "generation_config.json", generation or {})
+        return folder
+
+    return edit
+
+
+@quick
+@given(st.sampled_from(SIZES), st.integers(1, 10**30) | st.sampled_from([10**9, 2**31, 2**63]))
+def test_no_size_is_built_that_the_checkpoint_does_not_hold(edited, name, size):
+    folder = edited({name: size})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "Llama", small(model_module.Llama))
+        if size == vars(TINY)[name]:
+            assert same_logits(load_pretrained(folder), tiny("llama2"))
+        else:
+            assert_refused(folder, str(folder))
+
+
+def small(build):
+    """A Llama that may only be built where it is not much larger than the checkpoint (sizes up to 61)."""
+
+    def checked(config):
+        assert max(getattr(config, name) for name in SIZES) <= V
+        return build(config)
+
+    return checked
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**19) | st.floats() | st.text(max_size=3)
+    | st.sampled_from([10**400, -1, 0, 0.0, 1e-300, 1e300, "llama3", "float32", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=4,
+)  # fmt: skip
+KEYS = sorted({*model_module.CONFIG, "torch_dtype", "eos_token_id", "rope_theta", "hidden_act", "architectures"})
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), ODD, max_size=2),
+    st.none() | st.dictionaries(st.sampled_from(sorted(LLAMA3_ROPE)), ODD, max_size=2),
+    st.dictionaries(st.just("eos_token_id"), ODD | st.lists(st.integers(-3, 10**12))),
+)
+def test_whatever_stands_in_a_config_is_read_or_refused_in_one_line(edited, changes, rope, generation):
+    folder = edited(({"rope_scaling": LLAMA3_ROPE | rope} if rope is not None else {}) | changes, generation)
+    try:
+        loaded = load_pretrained(folder)
+    except ModelError as e:
+        assert "\n" not in str(e) and str(folder) in str(e)
+    else:
+        assert all(-1 <= e <= 2**31 for e in loaded.config.eos_token_ids)
+        assert torch.isfinite(logits_of(loaded, [1, 2, 3])).all()
+
+
+def test_a_config_of_ten_thousand_levels_is_refused(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": ' + "[" * 10_000 + "]" * 10_000 + "}")
+    assert_refused(checkpoint, str(checkpoint / "config.json"), "nested too deeply")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"]
+)
+def test_what_is_no_file_is_refused_and_not_waited_for(checkpoint, name, make):
+    if "index" in name:
+        (checkpoint / "model.safetensors").unlink()
+    (checkpoint / name).unlink(missing_ok=True)
+    make(checkpoint / name)
+    assert_refused(checkpoint, str(checkpoint / name))
+
+
+def test_the_advice_to_download_is_for_what_was_downloaded(tmp_path):
+    cache = tmp_path / "models--a--b"
+    for folder, advice in ((tmp_path / "mine", "copy or save"), (cache / "snapshots" / "c", f"remove {cache}, and")):
+        save_pretrained(tiny(), folder)
+        (folder / "model.safetensors").write_bytes(b"cut")
+        assert_refused(folder, str(folder / "model.safetensors"), advice)
+
+
+# ------------------------------------------------------------------------------------------------------ what is saved
+
+
+def test_links_out_of_the_folder_are_not_copied_and_the_hubs_are(tmp_path, checkpoint):
+    secret, hub = tmp_path / "secret", tmp_path / "models--a--b"
+    secret.write_text("{}")
+    (checkpoint / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(ModelError, match="chat_template.jinja: is a link") as error:
+        save_pretrained(tiny(), tmp_path / "saved", tokenizer_from=checkpoint)
+    assert_clear(error, str(secret))
+    assert not (tmp_path / "saved").exists()
+    (hub / "snapshots" / "c").mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    (hub / "blobs" / "1").write_text("template")
+    (hub / "blobs" / "1").chmod(0o400)
+    (hub / "snapshots" / "c" / "chat_template.jinja").symlink_to("../../blobs/1")
+    saved = save_pretrained(tiny(), tmp_path / "saved", tokenizer_from=hub / "snapshots" / "c") / "chat_template.jinja"
+    assert saved.read_text() == "template" and not saved.is_symlink() and saved.stat().st_mode & 0o600 == 0o600
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "auto"])
+def test_a_saved_bfloat16_model_is_of_one_dtype_in_transformers(tmp_path, dtype):
+    model = tiny("llama3", torch.bfloat16)
+    folder = save_pretrained(model, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert theirs(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_a_bfloat16_run_is_evaluated_as_it_is_saved(tmp_path):
+    llama, tokenizer, _ = make_tiny(tmp_path)
+    shake_norms(llama)
+    llama.compute_dtype = torch.bfloat16
+    sets = {"forget": toy_world(0)["forget01_perturbed"][:2]}
+    loaded = load_pretrained(save_pretrained(llama, tmp_path / "saved"))
+    assert tofu_rows(llama, tokenizer, sets, 4) == tofu_rows(loaded, tokenizer, sets, 4)
+
+
+def test_a_saved_model_knows_the_prompt_format_it_was_trained_in(tmp_path):
+    folder = save_pretrained(tiny(), tmp_path / "saved", prompt="plain")
+    assert recorded_prompt(folder) == "plain" and same_logits(load_pretrained(folder), tiny())
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert recorded_prompt(save_pretrained(tiny(), tmp_path / "other")) is None
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_an_old_gpu_computes_in_float32_by_itself(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # it counts emulation
+    assert inference.pick_dtype("auto", torch.device("cuda")) == dtype
