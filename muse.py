@@ -16,7 +16,7 @@ from torch import Tensor
 import files
 import logs
 import metrics
-from data import DataError, Example, Tokenizer, cut, is_text, split_spec
+from data import DataError, Example, Tokenizer, cut, is_text, parquet_rows, split_spec
 from inference import Benchmark, Checkpoint, Options, Prompt, Scores, Text, Work, find_file, memorization
 from metrics import MUSE_NEW_TOKENS, MUSE_TEXTS, EvalError
 
@@ -61,7 +61,7 @@ def load_muse(corpus: str, config: str, split: str, data_dir: str | Path | None 
             raise DataError(f"MUSE data set {corpus}/{config}/{split}: {name!r} is unknown; known are {', '.join(known)}")
     path, columns = muse_file(corpus, config, split, data_dir), MUSE_COLUMNS[config]
     if path.suffix == ".parquet":
-        found = _parquet_rows(path, columns)
+        found = [row for _, row in parquet_rows(path, columns)]
     elif path.suffix == ".txt":
         found = [files.read_text(path, DataError)]
     else:
@@ -89,20 +89,6 @@ def muse_file(corpus: str, config: str, split: str, data_dir: str | Path | None)
     local = [f"{folder}/{name}{ending}" for name in names for ending in endings]
     remedy = f"place it at DIR/{folder}/{on_hub} (or {split}.json) and pass --data-dir DIR"
     return find_file(repo, f"{config}/{on_hub}", data_dir, remedy, local)
-
-
-def _parquet_rows(path: Path, columns: tuple[str, ...]) -> list:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DataError(f"{path}: Parquet needs pyarrow: pip install -e '.[eval]', or place it as JSON") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            if lost := [c for c in columns if c not in file.schema_arrow.names]:
-                raise DataError(f"{path}: column '{lost[0]}' is missing; download it again")
-            return file.read(columns=list(columns)).to_pylist()
-    except (ArrowException, OSError) as e:
-        raise DataError(f"{path}: not a readable Parquet file ({files.first_line(e)}); download it again") from None
 
 
 def load_texts(spec: str, data_dir: str | Path | None = None, seed: int = 0) -> list[str]:

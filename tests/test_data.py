@@ -1,11 +1,15 @@
 """data.py and tofu.py: what the labels are, where the border falls, which rows a name means, what a broken file says."""
 
+import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import huggingface_hub
@@ -16,13 +20,16 @@ from claims import claim
 from helpers import BYTE_LEVEL, KINDS, SPECIAL, write_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers, processors
 
 import data
+import eval as evaluation
 import muse
 import tofu
 import toy
 from data import DataError, Example, Row
+from hub import TOKENIZER_FILES
+from model import save_pretrained
 
 error_of = partial(helpers.error_of, kind=DataError)
 
@@ -306,6 +313,178 @@ def test_a_broken_tokenizer_file_is_named(tmp_path, name, content):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     message = error_of(data.Tokenizer, tmp_path)
     assert str(tmp_path / "tokenizer.json") in message and "--tokenizer" in message
+
+
+@pytest.mark.parametrize("kind, cls", [("llama2-sentencepiece", "LlamaTokenizerFast"), ("llama2", "GPT2TokenizerFast"),
+                                       ("llama3", "PreTrainedTokenizerFast")])  # fmt: skip
+def test_settings_beside_the_tokenizer_give_transformers_tokens_or_are_refused(tmp_path, kind, cls):
+    transformers = pytest.importorskip("transformers")
+    read = 0
+    for i, (prefix, legacy) in enumerate(itertools.product((..., False, True), (..., False, True))):
+        settings = {k: v for k, v in (("add_prefix_space", prefix), ("legacy", legacy)) if v is not ...}
+        folder = write_tokenizer(tmp_path / str(i), kind, tokenizer_class=cls, **settings)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        try:
+            ours = data.Tokenizer(folder, prompt="plain" if kind == "llama3" else "llama2")
+        except DataError as e:
+            assert "add_prefix_space" in str(e) and "tokenizer_config.json" in str(e) and prefix is not ...
+            continue
+        for text in ("Where is it?", "(here) the x", "Who wrote\nit?"):
+            assert ours.encode_text(text) == theirs.encode(text, add_special_tokens=False), settings
+        read += 1
+    assert read == 6
+
+
+def test_added_tokens_of_the_configuration_are_the_tokenizers_or_refused(tmp_path):
+    folder = write_tokenizer(tmp_path, "plain")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    [(number, token)] = [(i, t) for i, t in tokenizer.get_added_tokens_decoder().items() if not t.special]
+    own = {k: getattr(token, k) for k in ("content", "lstrip", "normalized", "rstrip", "single_word", "special")}
+    pad = {"9999": {"content": "[PAD]", "special": True}}  # no text makes it
+    for change, fits in (({}, True), ({"content": "<other>"}, False), ({"lstrip": True}, False)):
+        write_tokenizer_config(folder, added_tokens_decoder={str(number): own | change} | pad)
+        if fits:
+            data.Tokenizer(folder)
+        else:
+            assert f"added token {number}" in error_of(data.Tokenizer, folder)
+
+
+def write_tokenizer_config(folder: Path, **changes) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def test_a_tokenizer_that_is_random_is_refused(tmp_path):
+    folder = write_tokenizer(tmp_path, "plain")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(raw | {"model": raw["model"] | {"dropout": 0.5}}))
+    assert "dropout 0.5" in error_of(data.Tokenizer, folder)
+
+
+def test_a_space_that_only_a_text_at_the_start_gets_is_refused_between_special_tokens(tmp_path):
+    folder = write_tokenizer(tmp_path, "llama2-sentencepiece")
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "prepend_scheme 'first'" in error_of(data.Tokenizer, folder, prompt="smollm2")
+    data.Tokenizer(folder, prompt="plain")
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ '<|user|>' + messages[0]['content'] }}<|assistant|>", [{"name": "x", "template": "y"}]]
+)
+def test_an_unknown_chat_template_asks_for_a_choice(tmp_path, template):
+    folder = write_tokenizer(tmp_path / "a", "smollm2", chat_template=template)
+    message = error_of(data.Tokenizer, folder)
+    assert "chat template" in message and "--prompt" in message and all(name in message for name in data.PROMPT_FORMATS)
+    assert data.Tokenizer(folder, prompt="plain").format_name == "plain"
+    write_tokenizer_config(folder, chat_template=None)
+    assert data.Tokenizer(folder).format_name == "smollm2"
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert "chat template" in error_of(data.Tokenizer, folder)
+
+
+@pytest.mark.parametrize("absent", [{"bos_token": None}, {}])
+def test_the_plain_format_has_no_bos_where_the_tokenizer_has_none(tmp_path, absent):
+    folder = write_tokenizer(tmp_path, "plain")
+    with_bos = data.Tokenizer(folder).encode("Who?", "Me.")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"eos_token": "</s>"} | absent))
+    without = data.Tokenizer(folder).encode("Who?", "Me.")
+    assert without.ids == with_bos.ids[1:] and labels_of(without) == labels_of(with_bos)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    special = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert "'bos_token' is missing" in error_of(data.Tokenizer, folder)  # yet it puts one in front
+
+
+def test_a_run_remembers_its_prompt_format_and_a_difference_is_said(tmp_path, capsys):
+    """A run of train.py, its model, a copy of that, and a run from before models kept their format."""
+    words, tiny = tmp_path / "words", helpers.make_tiny(tmp_path / "tiny").model
+    toy.train_toy_tokenizer(0, words, vocab_size=400)
+    write_tokenizer_config(words, chat_template=None)
+    run, old = tmp_path / "run", tmp_path / "old"
+    save_pretrained(tiny, run / "model", words, prompt="plain")
+    save_pretrained(tiny, old / "model", words)
+    for folder in (run, old):
+        (folder / "config.json").write_text(json.dumps({"config": {}, "prompt_format": "plain"}))
+    shutil.copytree(run / "model", tmp_path / "copy")
+    vocabulary = (words / "tokenizer.json").read_text().replace("<s>", "<|im_start|>").replace("</s>", "<|im_end|>")
+    for folder in (run / "model", old / "model", tmp_path / "copy"):
+        (folder / "tokenizer.json").write_text(vocabulary)
+        write_tokenizer_config(folder, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    for folder in (run, run / "model", tmp_path / "copy", old, old / "model"):
+        assert data.Tokenizer(evaluation.resolve_folder(folder)).format_name == "smollm2"
+        source = evaluation.open_source(str(folder), "target")
+        assert source.tokenizer.format_name == "plain" and source.run == (folder if folder in (run, old) else None)
+        assert capsys.readouterr().err == ""
+        source = evaluation.open_source(str(folder), "target", prompt="smollm2")
+        assert source.tokenizer.format_name == "smollm2"
+        assert re.fullmatch(r"--prompt smollm2: .* was trained in the plain format\n", capsys.readouterr().err)
+    evaluation.open_source(str(run), "target", tokenizer=str(words))
+    assert "is another than the model's own" in capsys.readouterr().err
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+HOSTILE = {
+    "doubling": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 40}},
+    "doubling a little": {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 6}},
+    "backtracking": {"normalizer": {"type": "Replace", "pattern": {"Regex": r"(.*)*(.*)*\d$x"}, "content": ""}},
+    "panic": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a|a)*(a|a)*(a|a)*b$"}, "content": ""}},
+    "no model": {"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}},
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_tokenizer_that_the_library_cannot_bear_is_refused_in_one_line(tmp_path, capfd, change):
+    folder = write_tokenizer(tmp_path, "plain")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(raw | HOSTILE[change]))
+    try:
+        data.Tokenizer(folder).encode("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", "a")
+    except DataError as e:
+        assert str(folder / "tokenizer.json") in str(e) and "\n" not in str(e)
+    else:
+        assert change in ("panic", "backtracking")  # as the library of another version has it
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@given(st.data())
+def test_a_panic_on_a_text_is_one_line(folders, data_):
+    class PanicException(BaseException):
+        pass
+
+    ours, text = data.Tokenizer(folders["plain"]), data_.draw(ORDINARY)
+    ours.tokenizer = SimpleNamespace(encode=lambda *_, **__: (_ for _ in ()).throw(PanicException("a\nb")))
+    message = error_of(ours.encode_text, text)
+    assert "tokenizer.json" in message
+    ours.tokenizer = SimpleNamespace(encode=lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        ours.encode_text(text)
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, "link"])
+def test_a_pipe_a_folder_and_a_link_elsewhere_are_no_tokenizer_file(tmp_path, name, make):
+    folder = write_tokenizer(tmp_path / "tokenizer", "plain")
+    (folder / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("{}")
+    (folder / name).symlink_to(tmp_path / "secret") if make == "link" else make(folder / name)
+    message = error_of(data.Tokenizer, folder)
+    assert str(folder / name) in message and (make != "link" or "is a link" in message)
+
+
+@pytest.mark.parametrize("key, value", [("bos_token", 3), ("eos_token", {"content": 3}), ("add_prefix_space", "yes"),
+                                        ("chat_template", 7), ("added_tokens_decoder", [1])])  # fmt: skip
+def test_a_setting_of_another_type_is_named(tmp_path, key, value):
+    folder = write_tokenizer(tmp_path, "plain", **{key: value})
+    message = error_of(data.Tokenizer, folder)
+    assert str(folder / "tokenizer_config.json") in message and key in message
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -618,6 +797,79 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
         assert str(path) in error_of(tofu.load_rows, str(path))
 
 
+def write_own(path: Path, rows: list[dict]) -> Path:
+    """The rows as a file of the kind that the path's ending says; 'array.json' is an array."""
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, ["answer", "note", "question"])
+            table.writeheader()
+            table.writerows(row | {"note": ""} for row in rows)
+    else:
+        text = json.dumps(rows, indent=1) if path.name == "array.json" else "\n".join(map(json.dumps, rows))
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+@given(st.lists(st.tuples(JSON_TEXTS, JSON_TEXTS), min_size=1, max_size=4), st.booleans())
+def test_every_kind_of_file_gives_the_same_rows(tmp_path_factory, texts, mark):
+    texts = [(q.replace("\x00", "0"), a.replace("\x00", "0")) for q, a in texts]  # which CSV has not
+    folder = tmp_path_factory.mktemp("a+b[1]")
+    for name in ("lines.jsonl", "array.json", "table.csv", "TABLE.CSV", "table.parquet"):
+        path = write_own(folder / name.lower(), [{"question": q, "answer": a} for q, a in texts]).rename(folder / name)
+        if mark and path.suffix != ".parquet":
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert [(r.question, r.answer) for r in tofu.load_rows(f"{path}[:9]")] == texts
+
+
+def test_an_existing_file_comes_before_the_notation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a.json+b.json", "a.json", "b.json", "set[1].json"):
+        write_own(tmp_path / name, [{"question": name, "answer": str(i)} for i in range(3)])
+    for spec, expected in {
+        "a.json+b.json": ["a.json+b.json"] * 3, "a.json+b.json[:1]+a.json[1:]": ["a.json+b.json"] + ["a.json"] * 2,
+        "b.json[:1]+a.json[:1]": ["b.json", "a.json"], "set[1].json[1:]": ["set[1].json"] * 2, "~/a.json[:1]": ["a.json"],
+    }.items():  # fmt: skip
+        assert [row.question for row in tofu.load_rows(spec)] == expected, spec
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.csv", "question;answer\na;b\n", "column 'question' is missing; the first line is 'question;answer'"),
+        ("a.csv", "question,answer\na,b,c\n", "line 2: has not 2 cells"),
+        ("a.csv", "question,answer\na\n", "line 2: has not 2 cells"),
+        ("a.csv", 'question,answer\n"a,b\n', "broken CSV"),
+        ("a.csv", "question,answer\n,b\n", "line 2: key 'question'"),
+        ("a.csv", "question,answer\n", "no rows"),
+        ("a.csv", "", "column 'question' is missing"),
+        ("a.json", "[]", "no rows"),
+        ("a.json", '[{"question": "a"}]', "element 1: key 'answer'"),
+        ("a.json", "[1, 2", "broken JSON"),
+        ("a.json", "[" * 10_000, "nested too deeply"),
+        ("a.json", '{"question": "a", "answer": 1e999}', "broken JSON"),
+        ("a.parquet", "PAR1", "not a readable Parquet file"),
+    ],
+)
+def test_a_bad_file_of_ones_own_says_what_is_wrong(tmp_path, name, content, says):
+    (tmp_path / name).write_text(content)
+    message = error_of(tofu.load_rows, str(tmp_path / name))
+    assert message.startswith(str(tmp_path / name)) and says in message
+
+
+@given(st.text("0123456789[]:%+-abc./ \n\u0663", max_size=12) | st.integers(10, 10**12).map("toy_full[:{}]".format))
+def test_whatever_a_data_set_is_called_is_read_or_refused_in_one_line(spec):
+    try:
+        tofu.load_rows(spec)
+    except DataError as e:
+        assert "\n" not in str(e)
+
+
 def test_the_fingerprint_changes_with_texts_and_order():
     rows = tofu.load_rows("toy_full[:3]")
     changed = [dataclasses.replace(rows[0], answer=rows[0].answer + " "), *rows[1:]]
@@ -714,6 +966,21 @@ def test_refusals_that_cannot_be_read_are_one_line(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(data.DataError, match="refusals.txt: .*refusal per line"):
         tofu.load_refusals(str(path), "tofu_forget01")
+
+
+@given(st.lists(JSON_TEXTS.filter(data.is_text), min_size=1, max_size=4))
+def test_refusals_are_read_from_json_too(tmp_path_factory, texts):
+    path = tmp_path_factory.mktemp("refusals") / "mine.json"
+    for content in (json.dumps(texts, indent=1), "\n".join(json.dumps(t, ensure_ascii=False) for t in texts)):
+        path.write_text(content, encoding="utf-8")
+        assert tofu.load_refusals(str(path), "tofu_forget01") == [text.strip() for text in texts]
+
+
+@pytest.mark.parametrize("content", ['{"answer": "No."}\n', '["No.", 3]', '["No.", " "]', "[1", '[{"a": 1}]'])
+def test_json_that_holds_no_refusals_is_not_trained_on(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    message = error_of(tofu.load_refusals, str(tmp_path / "mine.json"), "tofu_forget01")
+    assert "mine.json" in message and "string" in message
 
 
 def test_muse_has_nothing_to_refuse():

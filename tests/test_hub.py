@@ -13,19 +13,22 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
 
 import eval as evaluation
+import hub as hub_module
 from data import parse_rows
-from model import TOKENIZER_FILES, Llama, LlamaConfig, load_pretrained, save_pretrained
+from model import TOKENIZER_FILES, Llama, LlamaConfig, ModelError, load_pretrained, resolve_folder, save_pretrained
 from tofu import evaluation_sets
 from toy import toy_world, train_toy_tokenizer
 
 ROOT = Path(evaluation.__file__).parent
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, TAG = "0123456789abcdef0123456789abcdef01234567", "v1"
 MODEL, TARGET = "acme/tiny-llama", "open-unlearning/tofu_Llama-2-7b-chat-hf_full"
 TOFU, LOGS = "datasets/locuslab/TOFU", "datasets/open-unlearning/eval"
 RETAIN_LOG = "tofu_Llama-2-7b-chat-hf_retain90/TOFU_EVAL.json"
@@ -60,26 +63,29 @@ class Handler(BaseHTTPRequestHandler):
         self.server.paths.append(path)
         for name, folder in self.server.repositories.items():
             api = f"/api/{name}" if name.startswith("datasets/") else f"/api/models/{name}"
-            if path == f"{api}/revision/main":
+            if path in (f"{api}/revision/main", f"{api}/revision/{TAG}"):
                 siblings = [{"rfilename": name} for name in files_of(folder)]
                 return self.answer(json.dumps({"id": name.removeprefix("datasets/"), "sha": COMMIT, "siblings": siblings}))
             if path == f"{api}/tree/{COMMIT}":
                 sizes = {n: (folder / n).stat().st_size for n in files_of(folder)}
                 return self.answer(json.dumps([{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()]))
-            for revision in ("main", COMMIT):
+            for revision in ("main", TAG, COMMIT):
                 start = f"/{name}/resolve/{revision}/"
                 if path.startswith(start) and (file := path.removeprefix(start)) in files_of(folder):
                     return self.answer((folder / file).read_bytes())
-        self.answer("{}", 404)
+        status = next((s for s in (401, 403, 404) if f"/gated-{s}" in path), 404)
+        self.answer("{}", status, {"X-Error-Code": "GatedRepo"} if status != 404 else {})
 
     do_HEAD = do_GET
 
-    def answer(self, body: str | bytes, status: int = 200):
+    def answer(self, body: str | bytes, status: int = 200, more: dict | None = None):
         body = body.encode() if isinstance(body, str) else body
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in (more or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -188,6 +194,7 @@ source = eval.open_source("llama2-7b", "target")
 print(json.dumps({{
     "logits": logits("{MODEL}"),
     "rows": rows("tofu_forget10[:3]"),
+    "commit": [source.commit, eval.open_source("{MODEL}@{TAG}", "target", prompt="plain").commit],
     "target": [source.name, source.tokenizer.format_name, logits(source.name)],
     "reference": reference(),
 }}))
@@ -242,6 +249,11 @@ def test_an_alias_is_its_target_model_and_its_retain_log(online, hub, expected_l
     assert close(logits, expected_logits)
     assert online["reference"] == [RATIOS, f"{LOGS.removeprefix('datasets/')}/{RETAIN_LOG}"]
     assert hub.fetched(LOGS) == {RETAIN_LOG}
+
+
+def test_the_commit_of_a_model_is_known_and_a_revision_can_be_named(online, hub):
+    assert online["commit"] == [COMMIT, COMMIT]
+    assert f"/api/models/{MODEL}/revision/{TAG}" in hub.paths
 
 
 def test_everything_works_offline_once_it_was_downloaded(online, hub, home):
@@ -323,6 +335,7 @@ def fill_cache(home: Path, repository: str, folder: Path) -> None:
         target.write_bytes((folder / file).read_bytes())
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
+    (cache / "refs" / TAG).write_text(COMMIT)
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])
@@ -358,10 +371,58 @@ print(json.dumps([
             assert word in message, f"{word!r} is not in {message!r}"
 
 
-def test_a_repository_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
-    kind, message = in_process('print(json.dumps(error(logits, "acme/no-such-model")))', tmp_path, hub.url)
-    assert kind == "ModelError"
-    assert "acme/no-such-model" in message and "\n" not in message
+def test_a_hub_that_refuses_is_told_from_one_that_is_not_there(hub, tmp_path):
+    names = ["acme/gated-401", "acme/gated-403", "acme/no-such-model"]
+    program = f"print(json.dumps([error(logits, name) for name in {names}]))"
+    for name, (kind, message), says in zip(
+        names,
+        in_process(program, tmp_path, hub.url),
+        ["accept its licence", "accept its licence", "check the name"],
+        strict=True,
+    ):
+        assert kind == "ModelError" and name in message and "\n" not in message
+        assert f"HTTP {name[-3:] if name[-1].isdigit() else 404}" in message and says in message
+
+
+@pytest.mark.parametrize(
+    "kind, status, says",
+    [
+        ("HfHubHTTPError", 401, "set HF_TOKEN"), ("HfHubHTTPError", 403, "another HF_TOKEN"),
+        ("RepositoryNotFoundError", 404, "check the name"), ("RevisionNotFoundError", 404, "no revision 'v2'"),
+        ("HfHubHTTPError", 429, "wait"), ("HfHubHTTPError", 500, "try later"), ("HfHubHTTPError", 503, "try later"),
+        ("HfHubHTTPError", 418, "HTTP 418, a teapot"), ("OfflineModeIsEnabled", None, "HF_HUB_OFFLINE is set"),
+        ("ConnectError", None, "no connection (ConnectError: a teapot)"), ("ImportError", None, "ImportError: a teapot"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_why_a_download_failed_is_said_also_where_the_client_wraps_it(kind, status, says, wrapped):
+    error = type(kind, (Exception,), {})("a teapot\nshort and stout")
+    error.response = SimpleNamespace(status_code=status) if status else None
+    if wrapped:
+        outer = type("LocalEntryNotFoundError", (OSError,), {})("a teapot")
+        outer.__cause__ = error
+    message = hub_module.why(outer if wrapped else error, "acme/tiny-llama", "v2")
+    if not (wrapped and kind == "ImportError"):
+        assert says in message and "\n" not in message and "internet connection" not in message
+
+
+def test_a_typo_in_a_path_is_not_asked_for_at_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # not to be called
+    (tmp_path / "runs" / "target").mkdir(parents=True)
+    (tmp_path / "owner").write_text("a file")
+    for name in ("runs/targt", "./x", "./owner/name", "../x/y", "/x/y", "~/x", "~nobody/x", "a/b/c", "a/", "a b/c", "a\0/b"):
+        assert hub_module.local_path(name) is not None
+        with pytest.raises(ModelError) as error:
+            resolve_folder(name)
+        assert str(error.value).startswith(f"{name}: no such folder")
+    assert resolve_folder("~/runs/target") == tmp_path / "runs" / "target"
+    assert evaluation.resolve_model("~/runs/target", "base") == str(tmp_path / "runs" / "target")
+    for name in ("owner/name", "owner/name@v1", "acme/tiny-llama.v2@refs/pr/3"):
+        assert hub_module.local_path(name) is None
+    with pytest.raises(ModelError, match="is a file; pass its folder"):
+        resolve_folder(tmp_path / "owner")
 
 
 def test_a_file_that_the_cache_lacks_is_told(closed, repositories, tmp_path):
