@@ -96,6 +96,7 @@ def parsed(path: Path) -> Page:
 def models(tmp_path_factory):
     """Two tiny models: the target, in a run folder, and what stands for the retrained one, in a folder without tokenizer."""
     target, retrained = (make_tiny(tmp_path_factory.mktemp(name), seed) for seed, name in enumerate(("target", "retrained")))
+    (target.folder.parent / "config.json").write_text('{"config": {}}')  # as train.py's
     return [target, retrained._replace(folder=save_pretrained(retrained.model, retrained.folder.parent / "bare"))]
 
 
