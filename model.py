@@ -345,10 +345,8 @@ def resolve_folder(name: str | Path, patterns: Sequence[str] = ("*.json", "*.jin
     if (path := local_path(name)) is None:
         return fetch(str(name), patterns, ModelError, f"or pass a folder: {HOLDS}")
     if not path.is_dir():
-        what = (
-            "a file; pass its folder" if path.exists() else f"no such folder; pass a folder or hub id (owner/name): {HOLDS}"
-        )
-        raise ModelError(f"{name}: {what}")
+        absent = f"no such folder; pass a folder or hub id (owner/name): {HOLDS}"
+        raise ModelError(f"{name}: {'is a file; pass its folder' if path.exists() else absent}")
     return path / "model" if (path / "model" / "config.json").exists() and not checkpoint_index(path) else path
 
 
