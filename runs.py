@@ -176,7 +176,8 @@ def check_inputs(config: Config, out: Path, data: dict, anyway: bool) -> None:
             parts = []
             if isinstance(old, dict) and isinstance(new, dict):
                 parts = [part for part in dict.fromkeys([*old, *new]) if old.get(part) != new.get(part)]
-            changed.append(f"{what} ({', '.join(parts)})" if parts else what)
+            named = f"{what} {value}" if isinstance(value := getattr(config, what, None), str) else what
+            changed.append(f"{named} ({', '.join(parts)})" if parts else named)
     if changed and not anyway:
         why = f"{', '.join(changed)} changed since the run began"
         raise RunError(f"--resume: {out}: {why}; put back what was there, or pass --resume-anyway")

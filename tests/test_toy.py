@@ -1,5 +1,6 @@
 """toy.py: a world that follows from its seed, whose forgotten authors are in no retained text; its tokenizer and models."""
 
+import os
 import re
 
 import pytest
@@ -137,12 +138,18 @@ def test_the_base_is_made_once_for_a_seed_a_vocabulary_and_settings(tmp_path):
 
 def test_target_and_retrained_model_are_finetuned_once_from_the_same_base(tmp_path):
     asked = []
+    toy.model.save_pretrained(
+        toy.model.Llama(toy.model.LlamaConfig(400, 8, 8, 1, 1, 1, 8)),
+        tmp_path / "base",
+        toy.train_toy_tokenizer(0, tmp_path),
+    )
 
     def finetune(base, rows, out):
         asked.append((base, rows, out))
-        if len(asked) != 1:  # the first one is interrupted, and asked for again
-            out.mkdir()
-            (out / "summary.json").touch()
+        (out / "model").mkdir(parents=True, exist_ok=True)
+        files = ["summary.json", "config.json", *(f"model/{name}" for name in os.listdir(tmp_path / "base"))]
+        for file in files[: 1 if len(asked) == 1 else None]:  # the first one is interrupted, and asked for again
+            (out / file).touch()
 
     knowledge = "+toy_real_authors_perturbed+toy_world_facts_perturbed"
     target, retrained = ((tmp_path / "base", s + knowledge, tmp_path / s) for s in ("toy_full", "toy_retain95"))
