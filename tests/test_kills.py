@@ -146,11 +146,10 @@ def main(some: int | None, seed: int, names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as home:
         tiny = make_tiny(Path(home) / "tiny").folder
         for name in names:
-            words, number = SCENARIOS[name].split(), 0
+            words = SCENARIOS[name].split()
 
-            def fresh(name=name):
-                folder = Path(home, f"{name}-{tried}-{random.random()}").resolve()
-                folder.mkdir()
+            def fresh() -> Path:
+                folder = Path(tempfile.mkdtemp(dir=home)).resolve()
                 (folder / "tiny").symlink_to(tiny)
                 return folder
 
@@ -164,7 +163,7 @@ def main(some: int | None, seed: int, names: list[str]) -> int:
             kills = kills if some is None else rng.sample(kills, some)
             moments = 50 if some is None else 1
             for kill_at, wait in [*kills, *((None, rng.uniform(0, seconds)) for _ in range(moments))]:
-                folder, number, tried = fresh(), number + 1, tried + 1
+                folder, tried = fresh(), tried + 1
                 if wrong := trial(folder, words, expected, kill_at, wait):
                     failed += 1
                     print(f"{name}, killed at {kill_at or f'{wait:.3f} s'}: {wrong}", flush=True)
