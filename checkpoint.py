@@ -1,7 +1,6 @@
 """The state of an unfinished run on disk: its weights and moments, and the checksums by which they are trusted again."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import re
@@ -37,15 +36,11 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, x in tensors.items() if not torch.isfinite(x).all()), None)
 
 
-def require_room(folder: Path, size: int, remedy: str) -> None:
-    """Raises RunError where the disk of a folder has less than `size` bytes free."""
+def require_room(folder: Path, model: Llama, remedy: str) -> None:
+    """Raises RunError where the disk of a folder has no room for another checkpoint."""
+    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     if (free := shutil.disk_usage(folder).free) < size:
         raise RunError(f"{folder}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {remedy}")
-
-
-def state_size(model: Llama) -> int:
-    """Bytes of a checkpoint."""
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -74,9 +69,7 @@ def save_checkpoint(
     if name := not_finite(weights | moments):
         raise RunError(f"step {step}: {name} is not finite; start anew with a lower --lr")
     try:
-        require_room(out, state_size(model), "free some, or pass --save-every 0; then --resume")
-        if not files.within(out / "checkpoint", out):
-            raise OSError(errno.ELOOP, "is a link to another folder")
+        require_room(out, model, "free some, or pass --save-every 0; then --resume")
         records = {}
         for path in filter(Path.exists, (out / name for name in GROWN)):
             files.sync(path)
@@ -173,7 +166,7 @@ def restore(path: Path, size: int, sha256: str, remedy: str) -> None:
         files.remove(path)
         return
     data = files.read_bytes(path, RunError, f"put it back, or {remedy}")
-    if path.is_symlink() or len(data) < size or hashlib.sha256(data[:size]).hexdigest() != sha256:
-        raise RunError(f"{path}: is damaged, or a link; put it back, or {remedy}")
+    if len(data) < size or hashlib.sha256(data[:size]).hexdigest() != sha256:
+        raise RunError(f"{path}: is damaged; put it back, or {remedy}")
     with path.open("r+b") as file:
         file.truncate(size)

@@ -101,7 +101,7 @@ class Config:
     keep_best: bool = option(False, f"keep the model of the best --eval-every evaluation: {BEST}")
     # run
     save_every: int | None = option(
-        None, "save the state every so many steps (default: each epoch and 10 minutes); 0 = only when the run is stopped",
+        None, "save the state every so many steps (default: each minute, at most 2 % of the time); 0 = only when stopped",
         type=int,
     )  # fmt: skip
     keep: int = option(1, "how many saved states stay, each 12 bytes per parameter")

@@ -53,6 +53,8 @@ def opened(out: Path | None, config: Config | None, resume: str = "") -> Iterato
         if resume and not started(out):
             why = "is no run of this program, or was stopped before its first step: nothing to go on with"
             raise RunError(f"--resume: {out / 'config.json'} is not there; {out} {why}; start without --resume")
+        if resume and (links := [path for path in out.iterdir() if path.is_symlink()]):
+            raise RunError(f"{links[0]}: is a link, and what it leads to would be written to; put the thing itself there")
         if not resume:
             require_free(out)
         made = not out.exists()

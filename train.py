@@ -29,7 +29,7 @@ import eval as evaluation
 import files
 import runs
 import toy
-from checkpoint import RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint, state_size
+from checkpoint import RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
 from config import BEST, KEPT, RUNS, Config, make_config, parse_args
 from data import DataError, Example, draw, pack
 from dipo import LOSSES, Objective
@@ -49,7 +49,6 @@ TOY_FINETUNE: dict[str, Any] = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "m
 # ---------------------------------------------------------------------------------------------------------------- step
 
 
-SAVE_SECONDS = 600
 CHUNK = 2**25  # logits (positions times vocabulary) that the loss holds at a time: 64 MiB in bfloat16
 
 
@@ -215,7 +214,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
     optimizer, position_terms = make_optimizer(model, config), dipo.position_terms
     if config.save_every != 0 and not checkpoint_step(out):  # now, and not after the first epoch
-        require_room(out, state_size(model), "free some, or pass --save-every 0 and another --out")
+        require_room(out, model, "free some, or pass --save-every 0 and another --out")
     if "forget" in config.parts and config.objective.selects and checkpoint_step(out) < steps:
         examples = examples | {"forget": mark_memory(model, examples["forget"], examples["retain"], config.tau)}
         record = memory_record(examples["forget"], config.tau)
@@ -227,20 +226,21 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     # Before the checkpoint is loaded: the model is still the start of the run.
     reference = make_reference(model, config, examples, steps, out) if checkpoint_step(out) < steps else None
     start = saved = done = load_checkpoint(out, model, optimizer, config.results, anyway)
-    log, saved_at, whole = JsonLines(out / "log.jsonl", error=RunError), time.monotonic(), True  # whole: can be saved
+    log = JsonLines(out / "log.jsonl", error=RunError)
+    saved_at, cost, whole = time.monotonic(), 0.0, True  # whole: what the model holds can be saved
 
     def save() -> None:
-        nonlocal saved, saved_at, whole
-        whole = False
+        nonlocal saved, saved_at, whole, cost
+        whole, began = False, time.monotonic()
         with Interrupt():
             save_checkpoint(out, done, model, optimizer, config.results, config.keep)
             saved, saved_at, whole = done, time.monotonic(), True
+            cost = saved_at - began
 
     def due() -> bool:
         if config.save_every is not None:
             return config.save_every > 0 and (done % config.save_every == 0 or done == steps)
-        epoch = int(done / per_epoch) > int((done - 1) / per_epoch)
-        return epoch or done == steps or time.monotonic() - saved_at > SAVE_SECONDS
+        return done == steps or done in evaluate_at or time.monotonic() - saved_at > max(60, 50 * cost)
 
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
     try:

@@ -238,6 +238,17 @@ def test_a_run_goes_on_where_it_is_now_from_any_directory(cli, cut, tmp_path, mo
     assert not (tmp_path / "cut/model").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "log.jsonl", "memory.json"])
+def test_a_link_in_a_run_folder_is_not_followed(cli, cut, tmp_path, name):
+    target = Path(shutil.move(cut / name, tmp_path / "victim") if (cut / name).exists() else tmp_path / "victim")
+    (cut / name).symlink_to(target)
+    before = sorted(p.name for p in target.iterdir()) if target.is_dir() else target.exists() and target.read_bytes()
+    refused(cli("--resume", "--out", "cut"), f"cut/{name}: is a link")
+    assert before == (
+        sorted(p.name for p in target.iterdir()) if target.is_dir() else target.exists() and target.read_bytes()
+    )
+
+
 def change_weights():
     path = Path("m/model.safetensors")
     data = bytearray(path.read_bytes())

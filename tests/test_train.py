@@ -403,7 +403,7 @@ def test_an_interrupted_run_resumes_exactly(cli, monkeypatch, sent, reference):
     assert status == 0 and same(weights("cut"), weights("whole")) and records("cut") == records("whole")
 
 
-def test_a_killed_run_resumes_from_the_last_epoch(cli, monkeypatch):
+def test_a_killed_run_resumes_from_its_last_checkpoint(cli, monkeypatch):
     cli(*SMALL, "--out", "whole")
     original, calls = train.compute_gradients, itertools.count(1)
 
@@ -417,7 +417,7 @@ def test_a_killed_run_resumes_from_the_last_epoch(cli, monkeypatch):
 
     monkeypatch.setattr(train, "compute_gradients", killed)
     with pytest.raises(Killed):
-        cli(*SMALL, "--out", "cut")
+        cli(*SMALL, "--save-every", 3, "--out", "cut")
     assert os.listdir("cut/checkpoint") == ["3"]
     assert cli("--resume", "--out", "cut", model=False)[0] == 0
     assert same(weights("cut"), weights("whole")) and records("cut") == records("whole")
