@@ -32,7 +32,7 @@ def resume_command(out: Path, more: str = "") -> str:
 
 
 def started(out: Path) -> bool:
-    return (out / "config.json").exists()
+    return os.path.exists(out / "config.json")  # also of a name that is too long
 
 
 @contextlib.contextmanager

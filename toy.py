@@ -136,7 +136,8 @@ def toy_models(base: Path, retain: str, finetune: Callable[[Path, str, Path], ob
     folders = base.parent / "toy_full", base.parent / retain
 
     def made(out: Path) -> bool:
-        return all((out / name).is_file() for name in ("config.json", "summary.json")) and whole(out / "model")
+        whole_run = all((out / name).is_file() for name in ("config.json", "summary.json")) and whole(out / "model")
+        return whole_run and not (out / "checkpoint").exists()
 
     if not all(map(made, folders)):
         with files.lock(base.parent, wait=wait):

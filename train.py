@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import re
 import sys
 import time
@@ -585,6 +586,9 @@ def work(config: Config, out: Path, resume: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     given, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
     out = Path(given["out"]) if "out" in given else None
     try:
@@ -603,7 +607,7 @@ def main(argv: list[str] | None = None) -> int:
         kept = (
             f"what was written is kept, go on with: {resume_command(out)}"
             if out and started(out)
-            else "choose another --out"
+            else "mend that, or pass another --out"
         )
         print(f"error: {e}; {kept}", file=sys.stderr)
         return 2

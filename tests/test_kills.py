@@ -88,9 +88,9 @@ def count_changes(folder: Path, kill_at: int | None) -> list[int]:
 def state(folder: Path) -> dict:
     """What a run leaves, but for times and names of machines."""
     found: dict = {}
-    for out in [folder / "run", *folder.glob("runs/*/*")]:
+    for out in filter(Path.is_dir, [folder / "run", *folder.glob("runs/*/*")]):
         name = str(out.relative_to(folder))
-        found[f"{name}: files"] = sorted(p.name for p in out.iterdir())
+        found[f"{name}: files"] = sorted(p.name for p in out.iterdir() if p.name != ".lock")  # which holds nobody
         for weights in out.rglob("*.safetensors"):
             found[str(weights.relative_to(folder))] = hashlib.sha256(weights.read_bytes()).hexdigest()
         for file in ("log.jsonl", "trajectory.jsonl", "memory.json", "summary.json"):
