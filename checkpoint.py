@@ -67,7 +67,7 @@ def save_checkpoint(
     weights = {n: p.detach().contiguous() for p, n in names.items()}
     moments = {f"{names[p]}/{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
     if name := not_finite(weights | moments):
-        raise RunError(f"step {step}: {name} is not finite; start anew with a lower --lr")
+        raise RunError(f"step {step}: {name} is not finite (overflow); start anew with a lower --lr")
     try:
         require_room(out, model, "free some, or pass --save-every 0; then --resume")
         records = {}

@@ -159,7 +159,7 @@ def read_config(out: Path, given: dict) -> tuple[Config, Path]:
 def working_in(directory: Path) -> Iterator[None]:
     """With that working directory, where there is one."""
     here = os.getcwd()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         os.chdir(directory)
     try:
         yield

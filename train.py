@@ -152,7 +152,8 @@ def compute_gradients(
     metrics["grad_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            raise RunError(f"{name} is {metrics[name]}; start anew with a lower --lr, or resume with --dtype float32")
+            wider = "" if model.compute_dtype == torch.float32 else ", or resume with --dtype float32"
+            raise RunError(f"{name} is {metrics[name]}; start anew with a lower --lr{wider}")
     if positions := sum(sum(e.memory) if e.memory else e.answer_length for role in paired for e, *_ in parts[role].groups):
         metrics["swapped"] = int(logged["swapped"]) / positions
         dipo.check_roles(int(logged["swapped"]), positions)
@@ -467,7 +468,7 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         model = load(out / "model")
     elif not (out / "model").exists():
         if name := not_finite(dict(model.named_parameters())):
-            raise RunError(f"{name} is not finite at the end: nothing was saved as model/; start anew with a lower --lr")
+            raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
         save_pretrained(model, out / "model", tokenizer.folder)
     if evaluations:
         summary |= evaluations.finish(model)

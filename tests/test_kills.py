@@ -161,7 +161,7 @@ def main(some: int | None, seed: int, names: list[str]) -> int:
             print(f"{name}: {places} changes of files in {seconds:.1f} s", flush=True)
             kills: list[tuple[int | None, float | None]] = [(n, None) for n in range(1, places + 1)]
             kills = kills if some is None else rng.sample(kills, some)
-            moments = 50 if some is None else 1
+            moments = 50 if some is None else max(1, some // 4)
             for kill_at, wait in [*kills, *((None, rng.uniform(0, seconds)) for _ in range(moments))]:
                 folder, tried = fresh(), tried + 1
                 if wrong := trial(folder, words, expected, kill_at, wait):
@@ -182,7 +182,9 @@ def test_a_killed_run_ends_as_an_undisturbed_one():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--some", type=int, help="how many changes of files, and one moment; default: all, and 50 moments")
+    parser.add_argument(
+        "--some", type=int, help="how many changes of files, and a fourth of it moments; default: all, and 50"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=SCENARIOS, help="one scenario")
     given = parser.parse_args()
