@@ -97,7 +97,7 @@ def digests(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
         raise RunError(f"{folder}: not readable ({first_line(e)})") from None
 
 
-MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json")
 
 
 def inputs(config: Config, rows: dict[str, list], benchmark, source: Source) -> dict[str, Any]:
@@ -196,12 +196,15 @@ def check_inputs(config: Config, out: Path, data: dict, anyway: bool) -> None:
 def finished(config: Config, out: Path) -> dict | None:
     """summary.json of a run that is complete, its table printed; None: it is not. Raises RunError for a damaged one, and
     where nothing is left to go on with."""
-    path = out / "summary.json"
+    path, again = (
+        out / "summary.json",
+        f"evaluate it: python eval.py --model {shlex.quote(str(out))} --forget {config.forget}",
+    )
     if not path.exists():
         if (out / "model").exists() and not checkpoint_step(out):
-            raise RunError(f"{out}: its model is there, the state of its training is not; use eval.py --model {out}")
+            raise RunError(f"{out}: its model is there, the state of its training is not; {again}")
         return None
-    summary = read_json(path, RunError, f"remove it; the model is whole: eval.py --model {out}")
+    summary = read_json(path, RunError, f"remove it; {again}")
     print(f"{out}: complete already")
     models = {k: v for k, v in summary.items() if k in ("target", "unlearned", "retrained") or k.startswith("request ")}
     if config.eval and not config.finetune:
