@@ -356,9 +356,7 @@ class Evaluations:
             self.logs["retrained"] = self.score(self.load_retrained(), "retrained", evaluation.run_folder(name))
         self.reference = benchmark.reference(config.model, config.retain_logs, self.logs.get("retrained"))
         if benchmark.summary(self.logs["target"], *self.reference)[0].get("forget_quality") is None and self.keep_best:
-            raise RunError(
-                "--keep-best: there is no forget quality without --retain-model or --retain-logs; pass one of them"
-            )
+            raise RunError("--keep-best: there is no forget quality without --retain-model or --retain-logs; pass one")
 
     def score(self, model: Llama, label: str, own: Path | None = None) -> dict:
         """The log of a model; kept in the run folder that it came from (`own`) where it has one, else in this run's."""
@@ -534,13 +532,8 @@ def run_requests(config: Config, out: Path, resume: str) -> None:
     model, after, summary = config.model, dict[str, Any](), dict[str, Any]()
     for k in range(1, 5):
         folder = out / f"request-{k}"
-        request: dict[str, Any] = {
-            "sust": False,
-            "forget": f"{config.forget}/sust/forget_{k}",
-            "model": model,
-            "out": str(folder),
-        }
-        summary = run_in(folder, dataclasses.replace(config, **request), resume)
+        request: dict[str, Any] = {"sust": False, "forget": f"{config.forget}/sust/forget_{k}", "model": model}
+        summary = run_in(folder, dataclasses.replace(config, **request, out=str(folder)), resume)
         model, after[f"request {k}"] = str(folder), summary.get("unlearned")
     if config.eval:
         print(benchmark_of(config.forget).report(after, summary["retain_reference"]))
