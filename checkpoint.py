@@ -1,98 +1,172 @@
-"""The state of an unfinished run: its weights and moments on disk, and an interruption that waits for the end of a step."""
+"""The state of an unfinished run on disk: its weights and moments, and the checksums by which they are trusted again."""
 
 import contextlib
+import hashlib
 import json
+import re
 import shutil
-import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from files import UserError, first_line, read_json
+import files
+from files import Field, UserError, first_line, read_json
 from model import Llama
+
+GROWN = ("log.jsonl", "trajectory.jsonl")  # a checkpoint knows how long they were, and is resumed with just that
+TENSORS = ("weights.safetensors", "optimizer.safetensors")
+SHA256 = Field(str, 64, 64)
+MANIFEST = {
+    "step": Field(int, 0),
+    "settings": Field(str),  # `Config.results`
+    "files": Field(dict, fields={name: SHA256 for name in TENSORS}),
+    "records": Field(dict, items=Field(dict, fields={"bytes": Field(int, 0), "sha256": SHA256})),
+}
 
 
 class RunError(UserError):
     """A run that cannot start or go on. The message is one line that names the setting and the remedy."""
 
 
-def save_checkpoint(out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer) -> None:
-    """Replace `out/checkpoint`: fp32 weights and AdamW moments as safetensors, so that `--resume` is exact.
-
-    The old checkpoint goes only when the new one is complete. Raises RunError where it cannot be written.
-    """
-    part, folder, old = (out / f"checkpoint{suffix}" for suffix in (".part", "", ".old"))
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
-        save_file({n: p.detach().contiguous() for p, n in names.items()}, part / "weights.safetensors")
-        state = {f"{names[p]}/{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
-        save_file(state, part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step}) + "\n")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        part.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(part, ignore_errors=True)
-        raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity."""
+    return next((name for name, x in tensors.items() if not torch.isfinite(x).all()), None)
 
 
-def checkpoint_folder(out: Path) -> Path | None:
-    return next((f for f in (out / "checkpoint", out / "checkpoint.old") if f.exists()), None)
+def require_room(folder: Path, model: Llama, remedy: str) -> None:
+    """Raises RunError where the disk of a folder has no room for another checkpoint."""
+    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise RunError(f"{folder}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {remedy}")
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """`out/checkpoint/STEP`, the oldest first."""
+    found = [f for f in (out / "checkpoint").glob("*") if re.fullmatch(r"\d{1,18}", f.name)]
+    return sorted(found, key=lambda folder: int(folder.name))
 
 
 def checkpoint_step(out: Path) -> int:
     """The step to go on with, 0 where there is no checkpoint yet."""
-    if (folder := checkpoint_folder(out)) is None:
+    return max([0, *(int(folder.name) for folder in checkpoints(out))])
+
+
+def save_checkpoint(
+    out: Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, settings: str = "", keep: int = 1
+) -> None:
+    """Write `out/checkpoint/STEP`: fp32 weights and AdamW moments as safetensors, so that `--resume` is exact, and
+    manifest.json with what they must be. The last `keep` stay; older ones go when this one is complete.
+
+    settings: what decides the results. Raises RunError where it cannot be written, or holds what is not finite.
+    """
+    folder = out / "checkpoint" / str(step)
+    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
+    weights = {n: p.detach().contiguous() for p, n in names.items()}
+    moments = {f"{names[p]}/{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
+    if name := not_finite(weights | moments):
+        raise RunError(f"step {step}: {name} is not finite (overflow); start anew with a lower --lr")
+    try:
+        require_room(out, model, "free some, or pass --save-every 0; then --resume")
+        records = {}
+        for path in filter(Path.exists, (out / name for name in GROWN)):
+            files.sync(path)
+            records[path.name] = {"bytes": path.stat().st_size, "sha256": files.digest(path)}
+        discard(folder)
+        with files.replacing(folder) as part:
+            part.mkdir()
+            for name, tensors in zip(TENSORS, (weights, moments), strict=True):
+                save_file(tensors, part / name)
+            sums = {name: files.digest(part / name) for name in TENSORS}
+            manifest = {"step": step, "settings": settings, "files": sums, "records": records}
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        for old in checkpoints(out)[:-keep]:
+            discard(old)
+    except (OSError, SafetensorError) as e:
+        raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; one that is half removed is none."""
+    if folder.exists():
+        files.remove(part := folder.with_name(f".{folder.name}.old.part"))
+        files.remove(folder.rename(part))
+
+
+def verified(folder: Path) -> dict:
+    """The manifest of a checkpoint whose files are what it says. Raises RunError for any other."""
+    manifest = read_json(folder / "manifest.json", RunError, "it is not whole", fields=MANIFEST)
+    if manifest["step"] != int(folder.name):
+        raise RunError(f"manifest.json is of step {manifest['step']}")
+    for name, expected in manifest["files"].items():
+        if name in TENSORS and files.digest(folder / name) != expected:
+            raise RunError(f"{name} is not what was written")
+    return manifest
+
+
+def load_checkpoint(
+    out: Path, model: Llama, optimizer: torch.optim.Optimizer, settings: str = "", anyway: bool = True
+) -> int:
+    """Restore weights and moments of the newest checkpoint, and the length of GROWN; returns its step, 0 without one.
+
+    settings: as of `save_checkpoint`; anyway: others will do. Raises RunError for what is damaged, naming the checkpoint
+    that is whole, and for other settings.
+    """
+    if not (found := checkpoints(out)):
+        for name in GROWN:
+            files.remove(out / name)
         return 0
+    *older, folder = found
     try:
-        return int(read_json(folder / "state.json", remedy="it is not whole")["step"])
-    except (UserError, KeyError, ValueError, TypeError) as e:
-        raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
+        manifest = verified(folder)
+        parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+        moments = {f"{n}/{k}": p for n, p in parameters.items() for k in ("exp_avg", "exp_avg_sq")}
+        steps = {f"{n}/step": torch.tensor(0.0) for n in parameters}
+        for file, expected in zip(TENSORS, (parameters, {**moments, **steps}), strict=True):
+            with torch.no_grad(), safe_open(folder / file, "pt") as f:
+                if {*f.keys()} != {*expected}:
+                    raise RunError(f"{file} does not hold what the model and its optimizer are made of")
+                for name, like in expected.items():
+                    tensor = f.get_tensor(name)
+                    if tensor.shape != like.shape or tensor.dtype != like.dtype or not_finite({name: tensor}):
+                        raise RunError(f"{file}: {name} has another shape or type, or is not finite")
+                    if name in steps and tensor != manifest["step"]:
+                        raise RunError(f"{file}: {name} is {tensor:g}")
+                    if file == TENSORS[0]:
+                        parameters[name].copy_(tensor)
+                    else:
+                        of, moment = name.rsplit("/", 1)
+                        optimizer.state[parameters[of]][moment] = tensor.to(model.device)
+    except (OSError, SafetensorError, UserError, ValueError, RuntimeError) as e:
+        raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove it to go on from {whole(older)}") from None
+    if manifest["settings"] != settings and not anyway:
+        raise RunError(
+            f"{out / 'config.json'}: its settings are not those of step {manifest['step']}; put them back, or pass "
+            f"--resume-anyway"
+        )
+    for name in GROWN:
+        known = manifest["records"].get(name, {"bytes": 0, "sha256": ""})
+        restore(out / name, known["bytes"], known["sha256"], f"remove {folder} to go on from {whole(older)}")
+    return manifest["step"]
 
 
-def load_checkpoint(out: Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and moments; returns `checkpoint_step`."""
-    step, parameters = checkpoint_step(out), dict(model.named_parameters())
-    if (folder := checkpoint_folder(out)) is None:
-        return step
-    try:
-        with torch.no_grad(), safe_open(folder / "weights.safetensors", "pt") as f:
-            for name, p in parameters.items():
-                p.copy_(f.get_tensor(name))
-        with safe_open(folder / "optimizer.safetensors", "pt") as f:
-            for key in f.keys():  # noqa: SIM118
-                name, moment = key.rsplit("/", 1)
-                optimizer.state[parameters[name]][moment] = f.get_tensor(key).to(model.device)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as e:
-        raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove {out} and start again") from None
-    return step
+def whole(folders: list[Path]) -> str:
+    """What there is to go on with, of these checkpoints."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError, UserError):
+            return f"step {verified(folder)['step']}, whose checkpoint is whole"
+    return "the start"
 
 
-class Interrupt:
-    """While a step is in hand, Ctrl-C and SIGTERM only set `wanted`; a second Ctrl-C ends at once, unsaved."""
-
-    def __enter__(self):
-        self.wanted, self.old = False, {}
-        for s in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # not the main thread: then nobody can interrupt it this way
-                self.old[s] = signal.signal(s, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self.wanted and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.wanted = True
-
-    def __exit__(self, *exc):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+def restore(path: Path, size: int, sha256: str, remedy: str) -> None:
+    """Cut a file to the `size` bytes that a checkpoint knows. Raises RunError where it begins with others."""
+    if not size:
+        files.remove(path)
+        return
+    data = files.read_bytes(path, RunError, f"put it back, or {remedy}")
+    if len(data) < size or hashlib.sha256(data[:size]).hexdigest() != sha256:
+        raise RunError(f"{path}: is damaged; put it back, or {remedy}")
+    with path.open("r+b") as file:
+        file.truncate(size)

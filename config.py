@@ -1,14 +1,14 @@
-"""What decides a run: every hyper-parameter with its flag, the presets, and what the run folder keeps of them."""
+"""What decides a run: every hyper-parameter with its flag, the presets, and what may be asked for."""
 
 import argparse
 import dataclasses
-import itertools
+import json
 import math
 import platform
-import shlex
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from checkpoint import RunError
 from data import PROMPT_FORMATS
 from dipo import LOSSES, Objective
 from eval import ALIASES, benchmark_of
-from files import UserError, first_line, read_json, write_json
+from files import Field
 from memory import FLOOR
 
 RUNS = Path("runs")
@@ -32,6 +32,11 @@ def option(default, help: str, choices: tuple | None = None, type: type | None =
 
 BETAS = ", ".join(f"{name} {row.beta}" for name, row in LOSSES.items() if row.beta)
 SOURCES = {role: "; ".join(f"{name}: {LOSSES[name].source}" for name in dipo.loss_names(role)) for role in dipo.ROLES}
+KEPT = 0.9
+BEST = f"most forget quality with {KEPT:.0%} of the target's utility, else the most utility"
+# Neither decides a result beyond rounding: a resumed run may change the first, and has found the second by their content.
+MACHINE = ("device", "dtype", "reference", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "keep")
+PATHS = ("model", "tokenizer", "refusals", "data_dir", "retain_logs", "retain_model", "out")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,13 @@ class Config:
     retain_logs: str | None = option(None, "evaluation log of the retrained model, for forget quality", type=str)
     retain_model: str | None = option(None, "the retrained model itself, for forget quality and its column", type=str)
     max_new_tokens: int = option(200, "length of generations in evaluation, tokens")
+    keep_best: bool = option(False, f"keep the model of the best --eval-every evaluation: {BEST}")
     # run
+    save_every: int | None = option(
+        None, "save the state every so many steps (default: each minute, at most 2 % of the time); 0 = only when stopped",
+        type=int,
+    )  # fmt: skip
+    keep: int = option(1, "how many saved states stay, each 12 bytes per parameter")
     out: str | None = option(None, "run folder (default: runs/<forget>-<losses>-<number>)", type=str)
 
     @property
@@ -104,6 +115,11 @@ class Config:
     def parts(self) -> dict[str, tuple[str, float]]:
         """{role: (its loss, its weight)}. Raises ValueError for a loss that there is not."""
         return dipo.FINETUNING if self.finetune else self.objective.parts()
+
+    @property
+    def results(self) -> str:
+        """All that decides the results, but for the content of files, as a text."""
+        return json.dumps({k: v for k, v in vars(self).items() if k not in MACHINE + PATHS}, sort_keys=True)
 
     @property
     def sets(self) -> Iterator[tuple[str, str]]:
@@ -127,13 +143,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 TOY_ANCHORED = {"lr": 8e-4}  # of the toy with both losses anchored, which it has where none is named
 
 
-def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, bool]:
-    """({field: value} that the user typed, --resume)."""
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(f: dataclasses.Field) -> type:
+    return f.metadata["type"] or type(f.default)
+
+
+# What config.json of a run folder holds.
+FIELDS = {f.name: Field(kind_of(f), null=f.default is None) for f in dataclasses.fields(Config)}
+
+
+def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, str]:
+    """({field: value} that the user typed, '' for a new run, else 'resume' or 'anyway')."""
     parser = argparse.ArgumentParser(
         "train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for f in dataclasses.fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), f.metadata["type"] or type(f.default)
+        flag, kind = flag_of(f.name), kind_of(f)
         special = {k: v[f.name] for k, v in PRESETS.items() if f.name in v}
         default = ", ".join([f"default {f.default}"] + [f"preset {k}: {v}" for k, v in special.items()])
         text = (f"{f.metadata['help']} [{default}]" if f.default is not None else f.metadata["help"]).replace("%", "%%")
@@ -141,7 +169,9 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, b
             {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
         )
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+    how = {"dest": "resume", "action": "store_const", "default": ""}
+    parser.add_argument("--resume", const="resume", help="go on with the interrupted run in --out", **how)
+    parser.add_argument("--resume-anyway", const="anyway", help="the same, though its model or data has changed", **how)
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume")
 
@@ -157,13 +187,37 @@ def make_config(given: dict) -> Config:
     if toy and settings.get("forget_loss") == settings.get("retain_loss") == "anchored":
         settings |= TOY_ANCHORED | given
     config = Config(**(settings | {"preset": preset}))
-    positive = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens")
-    for name in positive + (("beta",) if config.beta is not None else ()):
-        if not getattr(config, name) > 0 or not math.isfinite(getattr(config, name)):
-            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be positive")
-    for name in ("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more, and finite")
+    validate(config, given)
+    return config
+
+
+POSITIVE = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "max_length", "beta", "keep")
+NOT_NEGATIVE = ("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows", "save_every")
+LARGEST = {"epochs": 1e4, "batch_size": 2**16, "toy_vocabulary": 10**6, "seed": 2**63 - 1}
+
+
+def validate(config: Config, given: Collection[str] = ()) -> None:
+    """given: the names of what was typed. Raises RunError for settings that make no sense."""
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), flag_of(f.name)
+        if isinstance(value, str):
+            if re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
+                raise RunError(f"{flag} {ascii(value)}: holds what is no text in one line; rename it")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise RunError(f"{flag} {value}: is none of {', '.join(f.metadata['choices'])}")
+        elif value is not None and not isinstance(value, bool):
+            if math.inf != abs(value) > (most := LARGEST.get(f.name, 1e9)):
+                raise RunError(f"{flag} {str(value)[:20]}: is beyond {most:g}; pass less")
+            if f.name in POSITIVE and (not value > 0 or not math.isfinite(value)):
+                raise RunError(f"{flag} {value}: must be positive")
+            if f.name in NOT_NEGATIVE and not 0 <= value < math.inf:
+                raise RunError(f"{flag} {value}: must be 0 or more, and finite")
+    if 0 < config.eval_every < 1e-3:
+        raise RunError(f"--eval-every {config.eval_every}: is more than once a step; pass 0.001 or more, or 0")
+    if config.keep_best and (
+        config.finetune or not config.eval or not config.eval_every or config.forget.startswith("muse_")
+    ):
+        raise RunError("--keep-best: needs evaluations of forget quality on the way; pass --eval-every, or drop the flag")
     try:
         config.parts  # noqa: B018
     except ValueError as e:
@@ -195,11 +249,6 @@ def make_config(given: dict) -> Config:
         raise RunError("--finetune: name the model to start from with --model")
     if config.model == "toy" and not config.forget.startswith("toy_"):
         raise RunError(f"--forget {config.forget}: the toy model has never seen it; pass --model ALIAS_OR_FOLDER")
-    return config
-
-
-def resume_command(out: Path) -> str:
-    return f"python train.py --resume --out {shlex.quote(str(out))}"
 
 
 def versions() -> dict:
@@ -209,34 +258,3 @@ def versions() -> dict:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit, "machine": machine}
-
-
-def next_out(config: Config) -> Path:
-    """runs/<data>-<losses>-<number>, the first number that is free."""
-    name = f"{config.forget}-{config.forget_loss}-{config.retain_loss}"
-    name = f"finetune-{config.finetune}" if config.finetune else name
-    name = "".join(c if c.isalnum() or c in "_-+" else "_" for c in name)
-    return next(p for i in itertools.count(1) if not (p := RUNS / f"{name}-{i:03d}").exists())
-
-
-def prepare_out(config: Config, out: Path, data: dict, folder: Path, prompt: str) -> None:
-    """Make the run folder with its config.json. Raises RunError where the folder exists."""
-    if out.exists():
-        raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
-    record = {"config": dataclasses.asdict(config), "data": data, "model_folder": str(folder)}
-    record |= {"prompt_format": prompt, "versions": versions()}
-    write_json(out / "config.json", record)
-
-
-def read_config(out: Path, given: dict) -> Config:
-    """The config of the run to resume. Raises RunError where there is none, or a flag says something else."""
-    path = out / "config.json"
-    try:
-        config = Config(**read_json(path, remedy="name a run folder")["config"])
-        config.parts  # noqa: B018
-    except (UserError, ValueError, KeyError, TypeError) as e:
-        raise RunError(f"--resume: {path} is no run of this program ({first_line(e)})") from None
-    for name, value in given.items():
-        if name != "out" and getattr(config, name) != value:
-            raise RunError(f"--resume: {out} was started with {name} = {getattr(config, name)!r}; drop the flag")
-    return config

@@ -17,6 +17,8 @@ def find_hints(out: Path, benchmark, logs: dict[str, dict], reference: dict | No
     if benchmark is None or not benchmark.plots:
         return hints(log, [], None, None)
     later = read_jsonl(out / "trajectory.jsonl") or [summary["unlearned"] | {"epoch": log[-1]["epoch"]}]
+    if "kept" in summary:  # a model from before the end
+        later = [point for point in later if point["step"] <= summary["kept"]["step"]]
     remembers, degenerate = benchmark.signs(logs["unlearned"], reference)
     usual = 0.0
     if "language" in summary["unlearned"]:

@@ -40,7 +40,8 @@ class CachedReference:
         if size > IN_MEMORY:
             place = f"in a file of {file.parent}"
             try:
-                with file.open("wb") as f:
+                file.unlink(missing_ok=True)  # it could be a link
+                with file.open("xb") as f:
                     os.posix_fallocate(f.fileno(), 0, size)
                 states = torch.from_file(str(file), True, math.prod(shape), dtype=self.head.dtype)
                 self.states = states.view(shape)

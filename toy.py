@@ -91,7 +91,7 @@ def train_toy_tokenizer(seed: int, folder: str | Path, vocab_size: int = 1000) -
     tokenizer.train_from_iterator(texts, trainer)
     folder = Path(folder)
     files.write_json(folder / "tokenizer_config.json", WORDS["tokenizer_config"], indent=2)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    files.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     return folder
 
 
@@ -108,23 +108,42 @@ def toy_base(seed: int, vocabulary: int, runs: Path, settings: dict) -> Path:
     world = {name: fingerprint(rows) for name, rows in toy_world(seed).items()}
     key = hashlib.sha256(json.dumps([world, dataclasses.asdict(config), settings]).encode()).hexdigest()[:8]
     base = runs / f"toy-seed{seed}-{key}" / "base"
-    if not base.exists():
-        tokenizer = train_toy_tokenizer(seed, base.parent / "tokenizer", vocabulary)
-        model.save_pretrained(model.Llama(config).init_weights(seed), base, tokenizer)
+    if not whole(base):
+        with files.lock(base.parent, wait=wait):
+            if not whole(base):
+                files.remove(base)
+                tokenizer = train_toy_tokenizer(seed, base.parent / "tokenizer", vocabulary)
+                model.save_pretrained(model.Llama(config).init_weights(seed), base, tokenizer)
     return base
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder has all of a model that is made here."""
+    return all((folder / name).is_file() for name in ("config.json", "model.safetensors", *model.TOKENIZER_FILES[:2]))
+
+
+def wait(process: int) -> None:
+    print(f"toy world: waits for process {process}, which makes its models", flush=True)
 
 
 def toy_models(base: Path, retain: str, finetune: Callable[[Path, str, Path], object]) -> tuple[Path, Path]:
     """(target, retrained) run folders beside `base`, trained now or taken from an earlier run.
 
     The target learns every author and the world knowledge, the retrained model all of that without the forget set.
-    retain: the complement of that, a data set's name. finetune(base, data set, run folder) trains, and leaves a
-    summary.json in the run folder when it is done.
+    retain: the complement of that, a data set's name. finetune(base, data set, run folder) trains, and leaves config.json,
+    summary.json and model/ when it is done. A process that finds another one at it waits.
     """
     folders = base.parent / "toy_full", base.parent / retain
-    for name, out in zip(("target", "retrained"), folders, strict=True):
-        rows = f"{out.name}+toy_real_authors_perturbed+toy_world_facts_perturbed"
-        if not (out / "summary.json").exists():
-            print(f"toy world, {name} model: training on {rows} (once; kept in {out})", flush=True)
-            finetune(base, rows, out)
+
+    def made(out: Path) -> bool:
+        whole_run = all((out / name).is_file() for name in ("config.json", "summary.json")) and whole(out / "model")
+        return whole_run and not (out / "checkpoint").exists()
+
+    if not all(map(made, folders)):
+        with files.lock(base.parent, wait=wait):
+            for name, out in zip(("target", "retrained"), folders, strict=True):
+                rows = f"{out.name}+toy_real_authors_perturbed+toy_world_facts_perturbed"
+                if not made(out):
+                    print(f"toy world, {name} model: training on {rows} (once; kept in {out})", flush=True)
+                    finetune(base, rows, out)
     return folders

@@ -9,9 +9,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
-import shutil
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,19 +27,22 @@ from tqdm import tqdm
 
 import dipo
 import eval as evaluation
+import files
+import runs
 import toy
-from checkpoint import Interrupt, Interrupted, RunError, checkpoint_step, load_checkpoint, save_checkpoint
-from config import RUNS, Config, make_config, next_out, parse_args, prepare_out, read_config, resume_command
-from data import DataError, Example, draw, fingerprint, pack
+from checkpoint import RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
+from config import BEST, KEPT, RUNS, Config, make_config, parse_args
+from data import DataError, Example, draw, pack
 from dipo import LOSSES, Objective
 from eval import Source, benchmark_of
-from files import UserError, first_line, read_json, read_jsonl, write_json
+from files import JsonLines, UserError, first_line, write_json
 from hints import find_hints
 from inference import PUBLISHED_LOGS, Options, find_file, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
 from model import Llama, load_pretrained, save_pretrained
 from reference import CachedReference, RecomputedReference, Reference
+from runs import Interrupt, Interrupted, opened, require_folder, resume_command, started
 
 TOY_FINETUNE: dict[str, Any] = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "micro_batch_size": 32, "warmup_epochs": 2.0}
 
@@ -149,7 +152,8 @@ def compute_gradients(
     metrics["grad_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
-            raise RunError(f"{name} is {metrics[name]}; lower --lr or pass --dtype float32")
+            wider = "" if model.compute_dtype == torch.float32 else ", or resume with --dtype float32"
+            raise RunError(f"{name} is {metrics[name]}; start anew with a lower --lr{wider}")
     if positions := sum(sum(e.memory) if e.memory else e.answer_length for role in paired for e, *_ in parts[role].groups):
         metrics["swapped"] = int(logged["swapped"]) / positions
         dipo.check_roles(int(logged["swapped"]), positions)
@@ -193,12 +197,13 @@ def make_reference(model: Llama, config: Config, examples: dict[str, list], step
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
-def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on_epoch=None) -> int:
+def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on_epoch=None, anyway: bool = False) -> int:
     """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
 
-    examples: as in `draw_parts`.
+    examples: as in `draw_parts`. anyway: as in `load_checkpoint`.
     on_epoch(step, epoch, last): called whenever another `config.eval_every` epochs are done.
-    Raises Interrupted after saving, RunError or SwappedRolesError (state before the step saved).
+    However it ends but by a kill, the state of the last whole step is saved. Raises Interrupted for Ctrl-C and SIGTERM,
+    RunError or SwappedRolesError for a step that cannot be made.
     """
     size = len(examples["finetune" if config.finetune else "forget"])
     per_epoch = size / config.batch_size
@@ -210,6 +215,8 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
         evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
     optimizer, position_terms = make_optimizer(model, config), dipo.position_terms
+    if config.save_every != 0 and not checkpoint_step(out):  # now, and not after the first epoch
+        require_room(out, model, "free some, or pass --save-every 0 and another --out")
     if "forget" in config.parts and config.objective.selects and checkpoint_step(out) < steps:
         examples = examples | {"forget": mark_memory(model, examples["forget"], examples["retain"], config.tau)}
         record = memory_record(examples["forget"], config.tau)
@@ -220,48 +227,71 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         position_terms = compile_step(model)
     # Before the checkpoint is loaded: the model is still the start of the run.
     reference = make_reference(model, config, examples, steps, out) if checkpoint_step(out) < steps else None
-    start = load_checkpoint(out, model, optimizer)
-    log = out / "log.jsonl"
-    log.write_text("".join(json.dumps(r) + "\n" for r in read_jsonl(log) if r["step"] <= start))
+    start = saved = done = load_checkpoint(out, model, optimizer, config.results, anyway)
+    log = JsonLines(out / "log.jsonl", error=RunError)
+    saved_at, cost, whole = time.monotonic(), 0.0, True  # whole: what the model holds can be saved
 
-    if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
-        on_epoch(start, evaluate_at[start], start == steps)
+    def save() -> None:
+        nonlocal saved, saved_at, whole, cost
+        whole, began = False, time.monotonic()
+        with Interrupt():
+            save_checkpoint(out, done, model, optimizer, config.results, config.keep)
+            saved, saved_at, whole = done, time.monotonic(), True
+            cost = saved_at - began
+
+    def due() -> bool:
+        if config.save_every is not None:
+            return config.save_every > 0 and (done % config.save_every == 0 or done == steps)
+        return done == steps or done in evaluate_at or time.monotonic() - saved_at > max(60, 50 * cost)
+
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
-    with log.open("a") as log_file, bar:
+    try:
+        if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
+            on_epoch(start, evaluate_at[start], start == steps)
         for step in range(start, steps):
             began = time.perf_counter()
             parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
             lr = learning_rate(config, step, steps, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with Interrupt() as interrupt:
+            with Interrupt():
                 try:
                     metrics = compute_gradients(
                         model, reference, config.objective, parts, config.micro_batch_size, position_terms
                     )
                 except (RunError, dipo.SwappedRolesError) as e:
-                    save_checkpoint(out, step, model, optimizer)
-                    kept = f"the state before this step is in {out / 'checkpoint'}"
-                    raise type(e)(f"step {step + 1} of {steps}: {e}; {kept}") from None
+                    kept = f"; the state before this step is in {out / 'checkpoint'}" if step else ""
+                    raise type(e)(f"step {step + 1} of {steps}: {e}{kept}") from None
                 if config.max_grad_norm:
                     norm = torch.tensor(metrics["grad_norm"])
                     torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
+                whole = False
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 seconds = time.perf_counter() - began
                 record = {"step": step + 1, "epoch": (step + 1) / per_epoch, "lr": lr} | metrics
                 record |= {"tokens_per_s": metrics["tokens"] / seconds, "seconds": seconds}
-                log_file.write(json.dumps(record) + "\n")
-                log_file.flush()
-                if interrupt.wanted or step + 1 == steps or int((step + 1) / per_epoch) > int(step / per_epoch):
-                    save_checkpoint(out, step + 1, model, optimizer)
+                require_folder(out)
+                log.add(record)
+                done, whole = step + 1, True
+            if due():
+                save()
             shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
             bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
             bar.update()
-            if interrupt.wanted and step + 1 < steps:
-                raise Interrupted(f"interrupted after step {step + 1} of {steps}; go on with: {resume_command(out)}")
-            if step + 1 in evaluate_at:
-                on_epoch(step + 1, evaluate_at[step + 1], step + 1 == steps)
+            if done in evaluate_at:
+                on_epoch(done, evaluate_at[done], done == steps)
+    except (Exception, KeyboardInterrupt) as e:
+        if whole and done > saved:
+            try:
+                save()
+            except RunError as unsaved:
+                raise RunError(f"{first_line(e) or 'interrupted'}; {unsaved}") from None
+        if isinstance(e, KeyboardInterrupt) and done:
+            raise Interrupted(f"interrupted after step {saved} of {steps}") from None
+        raise
+    finally:
+        bar.close()
     return steps
 
 
@@ -309,12 +339,15 @@ def encode(config: Config, rows: dict[str, list], source: Source) -> dict[str, l
     return examples
 
 
+POINT = {"step": files.Field(int, 0), "epoch": files.Field(float, 0)}  # of trajectory.jsonl
+
+
 class Evaluations:
     """What is evaluated of a run: target and retrained model before the training, the policy on the way and at its end."""
 
     def __init__(self, config: Config, benchmark, out: Path, source: Source, model: Llama):
         """Raises where the target cannot be compared with the retrained model: now, not after the training."""
-        self.benchmark, self.out, self.tokenizer = benchmark, out, source.tokenizer
+        self.benchmark, self.out, self.tokenizer, self.keep_best = benchmark, out, source.tokenizer, config.keep_best
         self.logs = {"target": self.score(model, "target", source.run)}
         self.load_retrained: Callable[[], Llama] | None = None
         if config.retain_model:
@@ -322,7 +355,8 @@ class Evaluations:
             self.load_retrained = partial(load_pretrained, name, device=model.device, compute_dtype=model.compute_dtype)
             self.logs["retrained"] = self.score(self.load_retrained(), "retrained", evaluation.run_folder(name))
         self.reference = benchmark.reference(config.model, config.retain_logs, self.logs.get("retrained"))
-        benchmark.summary(self.logs["target"], *self.reference)
+        if benchmark.summary(self.logs["target"], *self.reference)[0].get("forget_quality") is None and self.keep_best:
+            raise RunError("--keep-best: there is no forget quality without --retain-model or --retain-logs; pass one")
 
     def score(self, model: Llama, label: str, own: Path | None = None) -> dict:
         """The log of a model; kept in the run folder that it came from (`own`) where it has one, else in this run's."""
@@ -330,12 +364,53 @@ class Evaluations:
         return self.benchmark.evaluate(model, self.tokenizer, *place, f"evaluate {label}")
 
     def on_epoch(self, model: Llama, step: int, epoch: float, last: bool) -> None:
-        log = self.score(model, "unlearned", self.out) if last else self.score(model, f"epoch-{epoch:g}")
+        name = f"epoch-{epoch:g}"
+        log = self.score(model, "unlearned", self.out) if last and not self.keep_best else self.score(model, name)
+        require_folder(self.out)
         record = {"step": step, "epoch": epoch} | self.benchmark.summary(log, *self.reference)[0]
-        path = self.out / "trajectory.jsonl"
-        earlier = [r for r in read_jsonl(path) if r["step"] < step]  # a resumed run may come by here again
-        path.write_text("".join(json.dumps(r) + "\n" for r in [*earlier, record]))
+        trajectory = self.trajectory(step)
+        if self.keep_best and self.best([*trajectory.records, record]) is record:
+            files.remove(self.out / f"best-{step}")  # of a run that was killed here
+            save_pretrained(model, self.out / f"best-{step}", self.tokenizer.folder, self.tokenizer.format_name)
+        trajectory.add(record)
+        if self.keep_best:
+            kept = f"best-{self.best(trajectory.records)['step']}"
+            for folder in self.out.glob("best-*"):
+                if folder.name != kept:
+                    files.remove(folder)
         tqdm.write(f"epoch {epoch:g}: {self.benchmark.headline(record)}")
+
+    def trajectory(self, before: float = math.inf) -> JsonLines:
+        """The records of earlier steps; a resumed run may come by a step again."""
+        path = self.out / "trajectory.jsonl"
+
+        def earlier(record: dict) -> bool:
+            if wrong := files.fault(record, files.Field(dict, fields=POINT)):
+                raise RunError(f"{path}: {wrong}; remove {self.out / 'checkpoint'} to train again from the start")
+            return record["step"] < before
+
+        return JsonLines(path, earlier, RunError)
+
+    def best(self, records: list[dict]) -> dict:
+        """The record of the model to keep, by `config.BEST`; the first of equal ones."""
+        least = KEPT * self.benchmark.summary(self.logs["target"], *self.reference)[0]["model_utility"]
+
+        def rank(record: dict) -> tuple[bool, float]:
+            good = record["model_utility"] >= least
+            return good, record["forget_quality" if good else "model_utility"]
+
+        return max(records, key=rank)
+
+    def keep(self) -> dict:
+        """Make the best model RUN/model; returns what summary.json says of it."""
+        best = self.best(self.trajectory().records)
+        folder = self.out / f"best-{best['step']}"
+        if not (self.out / "model").exists():
+            if not folder.exists():
+                raise RunError(f"{folder}: is gone; remove {self.out / 'checkpoint'} to train again from the start")
+            folder.rename(self.out / "model")
+        print(f"kept: the model of step {best['step']}, epoch {best['epoch']:g} ({BEST})")
+        return {"step": best["step"], "epoch": best["epoch"], "rule": BEST}
 
     def finish(self, model: Llama) -> dict:
         """Evaluates the end of the run and prints table and samples; returns what summary.json holds of all models."""
@@ -352,13 +427,15 @@ class Evaluations:
         return scores | {"retain_reference": against if self.reference[0] is not None else f"absent; {against}"}
 
 
-def run(config: Config, out: Path, resume: bool) -> dict:
-    """One run from data to summary.json, finetuning or unlearning; returns the summary. Resumes what is in `out`."""
+def run(config: Config, out: Path, resume: str = "") -> dict:
+    """One run from data to summary.json, finetuning or unlearning; returns the summary. resume: as of `parse_args`; goes on
+    with what is in `out`, which the caller holds (`opened`)."""
     device = pick_device(config.device)
     compute_dtype = pick_dtype(config.dtype, device)
-    if resume and (out / "summary.json").exists():
-        print(f"{out}: complete already")
-        return read_json(out / "summary.json")
+    config = dataclasses.replace(config, dtype=str(compute_dtype).removeprefix("torch."))  # also on another machine
+    if resume and (summary := runs.finished(config, out)) is not None:
+        clean_up(config, out, summary)
+        return summary
     rows = load_rows(config)
     benchmark = make_benchmark(config)
     source = evaluation.open_source(config.model, "base" if config.finetune else "target", config.tokenizer, config.prompt)
@@ -368,17 +445,29 @@ def run(config: Config, out: Path, resume: bool) -> dict:
     borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
     on = f"{counts} sequences; {device}, {compute_dtype}"
     print(f"{source.name}: prompt format {tokenizer.format_name}{borders}; {on}", flush=True)
-    model = load_pretrained(source.folder, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
+    record = runs.inputs(config, rows, benchmark, source)
+    if resume:
+        runs.check_inputs(config, out, record, resume == "anyway")
+    load = partial(load_pretrained, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
+    with enough_memory("take a smaller model, or another --device"):
+        model = load(source.folder)
     if not resume:
-        record = {name: {"rows": len(x), "fingerprint": fingerprint(x)} for name, x in rows.items()}
-        record |= {"evaluation": benchmark.data()} if benchmark else {}
-        prepare_out(config, out, record, source.folder, tokenizer.format_name)
+        runs.prepare_out(config, out, record, source.folder, tokenizer.format_name, source.commit)
 
     evaluations = Evaluations(config, benchmark, out, source, model) if benchmark else None
-    train(model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None)
-    if not (out / "model").exists():
+    with enough_memory(less_memory(config, out)):
+        train(
+            model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None, resume == "anyway"
+        )
+    require_folder(out)
+    summary = {"model": str(out / "model")}
+    if evaluations and config.keep_best:
+        summary["kept"] = evaluations.keep()
+        model = load(out / "model")
+    elif not (out / "model").exists():
+        if name := not_finite(dict(model.named_parameters())):
+            raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
         save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name)
-    summary: dict[str, Any] = {"model": str(out / "model")}
     if evaluations:
         summary |= evaluations.finish(model)
     if not config.finetune:
@@ -386,22 +475,55 @@ def run(config: Config, out: Path, resume: bool) -> dict:
         summary["hints"] = find_hints(out, benchmark, logs, reference, summary)
         for line in summary["hints"]:
             print(f"hint: {line}")
+    require_folder(out)
     write_json(out / "summary.json", summary)
-    has_quality = evaluations is not None and benchmark.plots and evaluations.reference[0] is not None
-    if config.eval_every and has_quality and importlib.util.find_spec("matplotlib"):
-        print(f"trajectory: {evaluation.plot(out)}")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
+    clean_up(config, out, summary)
     return summary
 
 
-def run_requests(config: Config, out: Path, resume: bool) -> None:
+def clean_up(config: Config, out: Path, summary: dict) -> None:
+    """What is done once summary.json is there: a plot, and no checkpoint."""
+    has_quality = summary.get("unlearned", {}).get("forget_quality") is not None
+    if config.eval_every and has_quality and importlib.util.find_spec("matplotlib"):
+        try:
+            print(f"trajectory: {evaluation.plot(out)}")
+        except (UserError, OSError, ValueError, RuntimeError) as e:  # the run itself is done
+            print(f"trajectory: not drawn ({first_line(e)})")
+    for folder in (out / "checkpoint", *out.glob("best-*")):
+        files.remove(folder)
+    print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
+
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|ALLOC_FAILED")
+
+
+@contextlib.contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raises RunError with the remedy where there is too little memory, of the host or of the GPU."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not OUT_OF_MEMORY.search(str(e)):
+            raise
+        raise RunError(f"out of memory ({first_line(e)}); {remedy}") from None
+
+
+def less_memory(config: Config, out: Path) -> str:
+    """How training can do with less."""
+    if config.micro_batch_size > 1:
+        return f"go on with: {resume_command(out, f' --micro-batch-size {config.micro_batch_size // 2}')}"
+    if not config.gradient_checkpointing:
+        return f"go on with: {resume_command(out, ' --gradient-checkpointing')}"
+    return "take a smaller model, shorter texts, or another --device"
+
+
+def run_requests(config: Config, out: Path, resume: str) -> None:
     """MUSE's sustainability: sust/forget_1 to 4 as requests one after the other, each from the model before it.
 
     Request k is a run in `out/request-k`; `out/summary.json` holds the unlearned model's numbers after each.
     """
     if not resume:
-        prepare_out(config, out, {}, Path(config.model), config.prompt)
+        runs.prepare_out(config, out, {}, Path(config.model), config.prompt)
     known = evaluation.ALIASES[config.model].logs if config.model in evaluation.ALIASES else {}
     if config.eval and not config.retain_logs and config.forget in known:
         with contextlib.suppress(DataError):  # without it, PrivLeak is absent and each request says why
@@ -410,17 +532,19 @@ def run_requests(config: Config, out: Path, resume: bool) -> None:
     model, after, summary = config.model, dict[str, Any](), dict[str, Any]()
     for k in range(1, 5):
         folder = out / f"request-{k}"
-        request: dict[str, Any] = {
-            "sust": False,
-            "forget": f"{config.forget}/sust/forget_{k}",
-            "model": model,
-            "out": str(folder),
-        }
-        summary = run(dataclasses.replace(config, **request), folder, resume and folder.exists())
+        request: dict[str, Any] = {"sust": False, "forget": f"{config.forget}/sust/forget_{k}", "model": model}
+        summary = run_in(folder, dataclasses.replace(config, **request, out=str(folder)), resume)
         model, after[f"request {k}"] = str(folder), summary.get("unlearned")
     if config.eval:
         print(benchmark_of(config.forget).report(after, summary["retain_reference"]))
     write_json(out / "summary.json", after)
+
+
+def run_in(out: Path, config: Config, resume: str = "resume") -> dict:
+    """`run` in a folder that another run is made of; goes on there if it has begun."""
+    resume = resume if started(out) else ""
+    with opened(out, config, resume):
+        return run(config, out, resume)
 
 
 def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
@@ -439,42 +563,52 @@ def toy_models(config: Config) -> tuple[Path, Path]:
     base = toy.toy_base(config.seed, config.toy_vocabulary, RUNS, TOY_FINETUNE)
 
     def finetune(start: Path, rows: str, out: Path) -> None:
-        settings = Config(model=str(start), finetune=rows, out=str(out), seed=config.seed, **TOY_FINETUNE)
-        run(settings, out, resume=out.exists())
+        settings: dict[str, Any] = {"model": str(start), "finetune": rows, "out": str(out), "seed": config.seed}
+        run_in(out, Config(**settings, **TOY_FINETUNE))
 
     return toy.toy_models(base, benchmark_of(config.forget).complement(config.forget), finetune)
 
 
+def work(config: Config, out: Path, resume: str) -> None:
+    if config.model == "toy":
+        if config.eval:
+            require_extra()
+        target, retrained = map(str, toy_models(config))
+        against = config.retain_model or (None if config.retain_logs else retrained)
+        config = dataclasses.replace(config, model=target, retain_model=against)
+    (run_requests if config.sust else run)(dataclasses.replace(config, out=str(out)), out, resume)
+
+
 def main(argv: list[str] | None = None) -> int:
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     given, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
+    out = Path(given["out"]) if "out" in given else None
     try:
-        if resume and "out" not in given:
+        if resume and out is None:
             raise RunError("--resume: name the run folder with --out")
-        config = read_config(Path(given["out"]), given) if resume else make_config(given)
-        out = Path(given["out"]) if "out" in given else next_out(config)  # of a run that was moved: where it is now
-        if not resume and out.exists():
-            raise RunError(f"--out {out}: exists already; choose another folder, or go on with: {resume_command(out)}")
-        if config.model == "toy":
-            if config.eval:
-                require_extra()
-            target, retrained = map(str, toy_models(config))
-            against = config.retain_model or (None if config.retain_logs else retrained)
-            config = dataclasses.replace(config, model=target, retain_model=against)
-        if config.sust:
-            run_requests(dataclasses.replace(config, out=str(out)), out, resume)
-        else:
-            run(dataclasses.replace(config, out=str(out)), out, resume)
+        new, directory = None if resume else make_config(given), Path.cwd()
+        with runs.terminable(), opened(out, new, resume) as out:
+            config, directory = (new, directory) if new else runs.read_config(out, given)
+            out = out if directory == Path.cwd() else out.absolute()
+            with runs.working_in(directory), enough_memory("take a smaller model, or another --device"):
+                work(config, out, resume)
     except (UserError, dipo.SwappedRolesError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as e:
-        print(f"error: out of memory ({first_line(e)}); lower --micro-batch-size", file=sys.stderr)
-        return 2
     except OSError as e:
-        print(f"error: {e}; what was written so far is kept, go on with --resume", file=sys.stderr)
+        kept = (
+            f"what was written is kept, go on with: {resume_command(out)}"
+            if out and started(out)
+            else "mend that, or pass another --out"
+        )
+        print(f"error: {e}; {kept}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
-        print(f"\n{e or 'interrupted; go on with --resume --out RUN'}", file=sys.stderr)
+        what = str(e) or "interrupted"
+        again = resume_command(out) if out and started(out) else "the same command"
+        print(f"\n{what}; go on with: {again}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,6 +1,9 @@
 """toy.py: a world that follows from its seed, whose forgotten authors are in no retained text; its tokenizer and models."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import toy_muse
@@ -135,14 +138,41 @@ def test_the_base_is_made_once_for_a_seed_a_vocabulary_and_settings(tmp_path):
     assert len(others | {base}) == 4 and all(folder.parent.parent == tmp_path for folder in others)
 
 
+def test_a_base_that_is_not_whole_is_made_again(tmp_path):
+    base = toy.toy_base(3, 400, tmp_path, {})
+    files = {f.name: f.read_bytes() for f in base.iterdir()}
+    for name in ("config.json", "tokenizer.json"):
+        (base / name).unlink()
+        assert toy.toy_base(3, 400, tmp_path, {}) == base and {f.name: f.read_bytes() for f in base.iterdir()} == files
+
+
+def test_the_models_that_another_process_makes_are_waited_for(tmp_path, monkeypatch):
+    base = toy.toy_base(3, 400, tmp_path, {})
+    (base / "config.json").unlink()
+    code = f"import files, time\nwith files.lock({str(base.parent)!r}): print('held', flush=True), time.sleep(60)"
+    path = os.environ | {"PYTHONPATH": os.path.dirname(toy.__file__)}
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=path)
+    assert other.stdout.readline() == b"held\n"
+    told = []
+    monkeypatch.setattr(toy, "wait", lambda process: told.append(process) or other.kill())
+    assert toy.whole(toy.toy_base(3, 400, tmp_path, {})) and told == [other.pid]
+    other.communicate()
+
+
 def test_target_and_retrained_model_are_finetuned_once_from_the_same_base(tmp_path):
     asked = []
+    toy.model.save_pretrained(
+        toy.model.Llama(toy.model.LlamaConfig(400, 8, 8, 1, 1, 1, 8)),
+        tmp_path / "base",
+        toy.train_toy_tokenizer(0, tmp_path),
+    )
 
     def finetune(base, rows, out):
         asked.append((base, rows, out))
-        if len(asked) != 1:  # the first one is interrupted, and asked for again
-            out.mkdir()
-            (out / "summary.json").touch()
+        (out / "model").mkdir(parents=True, exist_ok=True)
+        files = ["summary.json", "config.json", *(f"model/{name}" for name in os.listdir(tmp_path / "base"))]
+        for file in files[: 1 if len(asked) == 1 else None]:  # the first one is interrupted, and asked for again
+            (out / file).touch()
 
     knowledge = "+toy_real_authors_perturbed+toy_world_facts_perturbed"
     target, retrained = ((tmp_path / "base", s + knowledge, tmp_path / s) for s in ("toy_full", "toy_retain95"))
