@@ -126,8 +126,7 @@ def kept_config(config: Config) -> dict[str, Any]:
 def prepare_out(config: Config, out: Path, data: dict, folder: Path, prompt: str, commit: str | None = None) -> None:
     """Begin a run: its config.json. commit: of a model from the hub."""
     record = {"config": kept_config(config), "data": data, "directory": os.getcwd(), "model_folder": str(folder.absolute())}
-    record |= {"model_commit": commit, "prompt_format": prompt, "versions": versions()}
-    write_json(out / "config.json", record)
+    write_json(out / "config.json", record | {"model_commit": commit, "prompt_format": prompt, "versions": versions()})
 
 
 def read_record(out: Path) -> dict[str, Any]:
