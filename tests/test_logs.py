@@ -168,9 +168,9 @@ PROTOCOL = {"name": "open-unlearning", "prompt_format": "llama3", "mask_quirk": 
             "sets": {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": "t"}}}  # fmt: skip
 
 
-def protocol_log(answers=("one", "two"), tokens="t", **changes) -> dict:
+def protocol_log(answers=("one", "two"), tokens="t", fingerprint="f", **changes) -> dict:
     rows = {str(i): {"truth_ratio": 0.5 + i / 10, "answer": a} for i, a in enumerate(answers)}
-    sets = {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": tokens}}
+    sets = {"forget": {"rows": 2, "fingerprint": fingerprint, "prompt_tokens": tokens}}
     return {"rows": {"forget": rows}, "protocol": PROTOCOL | {"sets": sets} | changes}
 
 
@@ -186,7 +186,7 @@ def test_logs_that_were_evaluated_alike_are_compared():
         (protocol_log(name="tofu"), "name 'tofu'"),
         (protocol_log(prompt_format="plain"), "prompt format 'plain'"),
         (protocol_log(mask_quirk=True), "mask quirk True"),
-        (protocol_log(truth_ratio="arithmetic"), "truth ratio 'arithmetic'"),
+        (protocol_log(fingerprint="g"), "its forget set has other texts"),
         (protocol_log(tokens="u"), "other tokens"),
         (protocol_log(("one", "three")), "forget row 1 is another one ('three' instead of 'two')"),
     ],
@@ -208,11 +208,13 @@ def completed(name: str, items: dict[str, dict]) -> dict[str, dict]:
     texts = {"prompt": "p é", "question": "q", "answer": "a", "generation": "g", "rouge1": 0.5, "rouge_f1": 0.25}
     result = {}
     for key, item in items.items():
-        item = item | texts | {"wrong_losses": item["wrong_losses"][:least]}
+        wrong = item["wrong_losses"][:least]
+        item = item | texts | {"wrong_losses": wrong, "truth_ratio": metrics.truth_ratio(item["correct_loss"], wrong)}
         if name in ("ra", "wf"):
             item["correct_loss"] = item["loss"]  # these sets have no answer in other words
+            item["truth_ratio"] = metrics.truth_ratio(item["loss"], item["wrong_losses"])
         if name in ("forget", "holdout"):
-            item |= {n: item["loss"] / 7 + i for i, n in enumerate(names)}
+            item |= {n: item["loss"] / 70 + i / 10 for i, n in enumerate(names)}
         result[key] = item
     return result
 
@@ -245,7 +247,9 @@ def muse_log(path=None) -> dict:
     return {"rows": rows, "path": path and str(path)}
 
 
-@pytest.mark.parametrize("auc, privleak, cell", [(None, {}, ""), (0.5, {"privleak": pytest.approx(0)}, None)])
+@pytest.mark.parametrize(
+    "auc, privleak, cell", [(None, {"privleak": pytest.approx(0)}, ""), (0.5, {"privleak": pytest.approx(0)}, None)]
+)
 def test_muses_files_stand_beside_our_log(tmp_path, auc, privleak, cell):
     path = tmp_path / "run" / "eval" / "final" / "log.json"
     path.parent.mkdir(parents=True)
