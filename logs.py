@@ -168,10 +168,10 @@ def _checked(where: str, items: dict[str, dict], kind: str, mean: str, epsilon: 
         """The first row whose stored ratio is another than this one."""
         return next((k for k, x in ratios.items() if not _near(items[k].get("truth_ratio", x[i]), x[i], AGREE)), None)
 
-    if (key := differs(0)) is None or differs(1) is None:  # the epsilon matters where an answer is next to impossible
+    if (first := differs(0)) is None or differs(1) is None:  # the epsilon matters where an answer is next to impossible
         return {k: {"truth_ratio": ratios[k][0]} | item if k in ratios else item for k, item in items.items()}
     if kind != "open-unlearning's" or all(map(differs, (2, 3))):
-        _compare(f"{where}, row {key}: its truth ratio", items[key]["truth_ratio"], ratios[key][0], AGREE)
+        _compare(f"{where}, row {first}: its truth ratio", items[first]["truth_ratio"], ratios[first][0], AGREE)
     # open-unlearning's `prob_mean`, right / (right + wrong), or our arithmetic mean: other numbers by the same name.
     return {k: item | {"truth_ratio": ratios[k][0] if k in ratios else item["truth_ratio"]} for k, item in items.items()}
 

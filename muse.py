@@ -3,6 +3,7 @@
 Two code bases measure it, here called variants: 'muse', the authors', and 'open-unlearning'.
 """
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -97,11 +98,11 @@ def _parquet_rows(path: Path, columns: tuple[str, ...]) -> list:
     except ImportError:
         raise DataError(f"{path}: Parquet needs pyarrow: pip install -e '.[eval]', or place it as JSON") from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(io.BytesIO(files.read_bytes(path, DataError))) as file:
             if lost := [c for c in columns if c not in file.schema_arrow.names]:
                 raise DataError(f"{path}: column '{lost[0]}' is missing; download it again")
             return file.read(columns=list(columns)).to_pylist()
-    except (ArrowException, OSError) as e:
+    except (ArrowException, OSError, ValueError, ArithmeticError) as e:
         raise DataError(f"{path}: not a readable Parquet file ({files.first_line(e)}); download it again") from None
 
 
@@ -279,7 +280,7 @@ class Muse(Benchmark):
         scores = metrics.aggregate_muse(log["rows"], reference["mia_min_k"] if reference else None)
         if log["path"]:
             logs.save_muse(log["path"], log["rows"], scores)
-        return scores, where
+        return scores | Muse.unscorable(log, "ground_truth"), where
 
     @staticmethod
     def samples(log: dict) -> dict[str, tuple[str, str, str]]:

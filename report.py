@@ -67,7 +67,7 @@ def spread(rows: list[Row], n: int) -> list[Row]:
     return [rows[a + i % (b - a)] for i, (a, b) in enumerate(zip(borders, borders[1:], strict=False)) if a < b]
 
 
-def mark_memory(path: Path, shown: list[Shown]) -> str:
+def fill_memory(path: Path, shown: list[Shown]) -> str:
     """Fill in the rows' memory positions from a run's memory.json, if it has one, and return what is to be said of them.
     Raises EvalError for a file that does not fit the rows."""
     if not path.exists():
@@ -311,7 +311,7 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
         ]
         for role, rows in sets.items()
     }
-    memory = mark_memory(run / "memory.json", shown["forget"])
+    memory = fill_memory(run / "memory.json", shown["forget"])
     everything, limit = [*shown["forget"], *shown["retain"]], config["max_new_tokens"]
     for name, source in sources.items():
         own = run if name == "unlearned" else source.run

@@ -314,9 +314,9 @@ def test_memory_positions_are_those_of_the_answers_tokens(tmp_path, positions):
     path.write_text(json.dumps({"tau": 2.0, "share": 0.25, "rows": {"a/0": positions}}))
     shown = Shown(row, Example(row.key, (0,) * 7, 3), [])  # an answer of four tokens
     if all(type(i) is int and 0 <= i <= 3 for i in positions):
-        assert "25% of" in report.mark_memory(path, [shown]) and shown.memory == positions
+        assert "25% of" in report.fill_memory(path, [shown]) and shown.memory == positions
     else:
-        assert "a/0 has no such positions" in error_of(report.mark_memory, path, [shown])
+        assert "a/0 has no such positions" in error_of(report.fill_memory, path, [shown])
 
 
 def test_a_model_that_gives_no_number_is_refused(models, run, tmp_path):
