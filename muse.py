@@ -64,9 +64,9 @@ def load_muse(corpus: str, config: str, split: str, data_dir: str | Path | None 
     if path.suffix == ".parquet":
         found = _parquet_rows(path, columns)
     elif path.suffix == ".txt":
-        found = [files.read_text(path, DataError)]
+        found = [files.read_text(path, DataError, "download it again")]
     else:
-        found = files.read_json(path, DataError, kind=list)
+        found = files.read_json(path, DataError, "download it again", kind=list)
     rows = []
     for i, values in enumerate(found):
         values = {"text": values} if isinstance(values, str) and columns == ("text",) else values
