@@ -135,7 +135,7 @@ def fault(value: Any, field: Field, name: str = "") -> str:
             inside.append((key, declared, key))
         elif declared.required:
             return f"key {f'{name}.{key}'.lstrip('.')!r} is missing"
-    if field.items:
+    if field.items and isinstance(value, (list, dict)):
         inside += [(key, field.items, str(key)) for key in (value if isinstance(value, dict) else range(len(value)))]
     return next(
         (wrong for key, inner, last in inside if (wrong := fault(value[key], inner, f"{name}.{last}".lstrip(".")))), ""

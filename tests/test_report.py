@@ -316,7 +316,8 @@ def test_memory_positions_are_those_of_the_answers_tokens(tmp_path, positions):
     if all(type(i) is int and 0 <= i <= 3 for i in positions):
         assert "25% of" in report.fill_memory(path, [shown]) and shown.memory == positions
     else:
-        assert "a/0 has no such positions" in error_of(report.fill_memory, path, [shown])
+        message = error_of(report.fill_memory, path, [shown])
+        assert "a/0 has no such positions" in message or "key 'rows.a/0." in message
 
 
 def test_a_model_that_gives_no_number_is_refused(models, run, tmp_path):
