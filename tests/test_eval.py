@@ -1,5 +1,6 @@
 """eval.py, tofu.py, inference.py: running a model against transformers; logs kept and used again; the command line."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,6 +34,7 @@ pytest.importorskip("rouge_score")
 
 import data
 import eval
+import files
 import hints
 import inference
 import logs
@@ -42,7 +44,8 @@ import toy
 import train
 from data import DataError, Example
 from inference import Options, Text
-from model import Llama, ModelError, save_pretrained
+from metrics import EvalError
+from model import Llama, ModelError, load_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- scoring a log
 
@@ -95,6 +98,13 @@ def test_the_arithmetic_truth_ratio_lowers_the_utility_of_the_authors_log_as_pub
     log = published("llama2-7b_full")
     assert scored(capsys, "--logs", log)["model_utility"] == pytest.approx(0.6227, abs=5e-5)
     assert scored(capsys, "--logs", log, "--truth-ratio", "arithmetic")["model_utility"] == pytest.approx(0.5859, abs=5e-5)
+
+
+def test_the_forget_quality_is_geometric_whatever_the_scores_are_of(capsys):
+    """As in the TOFU authors' training code, which has the arithmetic mean in the scores."""
+    full, retain = (published(f"llama2-7b_{name}") for name in ("full", "retain90"))
+    found = scored(capsys, "--logs", full, "--retain-logs", retain, "--truth-ratio", "arithmetic")
+    assert found["forget_quality"] == pytest.approx(1.834066e-21, rel=5e-7)
 
 
 def test_without_a_retain_reference_a_log_has_no_forget_quality(capsys):
@@ -352,6 +362,141 @@ def test_a_result_without_a_run_folder_is_not_kept(tiny, sets, evaluations):
     assert set(log) == {"protocol", "scores", "rows", "path"} and "forget_truth_ratio" in log["scores"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_the_place_of_another_is_evaluated_anew_and_the_same_one_is_not(tiny, sets, tmp_path, evaluations, dtype):
+    def run(model):
+        return evaluated(tiny, sets, tmp_path, 3, model=model)
+
+    trained = Llama(tiny.model.config, compute_dtype=dtype).init_weights(0)
+    first = run(trained)
+    folder = save_pretrained(trained, tmp_path / "model", tokenizer_from=tiny.tokenizer.folder)
+    assert run(load_pretrained(folder, compute_dtype=dtype)) == first and len(evaluations) == 1
+    other = load_pretrained(folder, compute_dtype=dtype)
+    with torch.no_grad():
+        other.lm_head.weight[7, 3] *= 1.5
+    assert run(other)["path"] != first["path"] and len(evaluations) == 2
+    slower = load_pretrained(folder, compute_dtype=dtype)
+    slower.config = dataclasses.replace(slower.config, rms_norm_eps=1e-2)
+    assert run(slower)["path"] not in (first["path"], run(other)["path"]) and len(evaluations) == 3
+
+
+@given(st.data())
+def test_a_damaged_log_or_journal_is_never_taken_for_what_was_written(results, tmp_path_factory, draw):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    log = {"protocol": {"name": "x"}, "scores": {}, "rows": results}
+    logs.write_log(folder / "log.json", log)
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    journal = inference.Journal(folder / "journal.jsonl")
+    for name, items in results.items():
+        journal.add({f"{name} {key}": item for key, item in items.items()})
+    path, read = draw.draw(
+        st.sampled_from(
+            [
+                (folder / "log.json", logs.read_ours),
+                (folder / "journal.jsonl", lambda path: inference.Journal(path).done),
+            ]
+        )
+    )
+    whole = bytearray(path.read_bytes())
+    place, bit = draw.draw(st.integers(0, len(whole) - 1)), draw.draw(st.integers(0, 7))
+    whole[place] ^= 1 << bit
+    path.write_bytes(whole)
+    try:
+        found = read(path)
+        assert found == log or path.suffix == ".jsonl" and found.items() <= journal.done.items()
+    except EvalError as e:
+        assert str(path) in str(e) and "\n" not in str(e) and "remove it" in str(e)
+
+
+def test_what_lies_behind_a_link_is_not_written_to(tiny, sets, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    (run / "eval").symlink_to(elsewhere)
+    assert "by a link" in error_of(evaluated, tiny, sets, run, 2) and not list(elsewhere.iterdir())
+    (elsewhere / "file").write_text("kept\nthis")
+    (run / "journal.jsonl").symlink_to(elsewhere / "file")
+    assert "is a link" in error_of(inference.Journal, run / "journal.jsonl")
+    assert (elsewhere / "file").read_text() == "kept\nthis"
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_the_result_is_told(tiny, four_sets, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval").write_text("in its place")  # as root, permissions keep nobody out
+    log = evaluated(tiny, four_sets, tmp_path / "run", 2)
+    assert log["path"] is None and "model_utility" in log["scores"] and "not kept: " in capsys.readouterr().err
+    kept = evaluated(tiny, four_sets, tmp_path, 2)
+    for name in ("TOFU_EVAL.json", "TOFU_SUMMARY.json"):
+        (Path(kept["path"]).with_name(name) / "in its place").mkdir(parents=True)
+    assert tofu.Tofu(Options(None)).summary(kept, None, "")[0]["model_utility"] == log["scores"]["model_utility"]
+    assert "not kept: " in capsys.readouterr().err
+
+
+def test_the_second_of_two_evaluations_waits_and_uses_the_firsts_result(
+    tiny, sets, tmp_path, monkeypatch, capsys, evaluations
+):
+    first = evaluated(tiny, sets, tmp_path, 2)
+    path = Path(first["path"])
+    path.rename(tmp_path / "log.json")  # not there yet when the second one starts
+
+    @contextlib.contextmanager
+    def held(folder, error, wait):
+        wait(1234)
+        (tmp_path / "log.json").rename(path)
+        yield
+
+    monkeypatch.setattr(files, "lock", held)
+    assert evaluated(tiny, sets, tmp_path, 2) == first and len(evaluations) == 1
+    assert "process 1234" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])  # fmt: skip
+def test_batches_are_halved_where_the_memory_ends(tiny, sets, results, monkeypatch, error):
+    pack, generate, sizes = inference.pack, inference.generate, []
+
+    def packed(examples, *more):
+        if len(examples) > limit:
+            raise error
+        sizes.append(len(examples))
+        return pack(examples, *more)
+
+    def generated(model, prompts, *more):
+        if len(prompts) > limit:
+            raise error
+        sizes.append(len(prompts))
+        return generate(model, prompts, *more)
+
+    monkeypatch.setattr(inference, "pack", packed)
+    monkeypatch.setattr(inference, "generate", generated)
+    limit = 3
+    again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+    assert 1 < max(sizes) <= 3 and generations(again) == generations(results)
+    assert values(again) == pytest.approx(values(results), rel=1e-4)
+    limit = 0
+    message = error_of(tofu_rows, tiny.model, tiny.tokenizer, sets, 8)
+    assert "by itself" in message and "--max-new-tokens" in message and "--dtype" in message
+
+
+def test_another_error_is_not_taken_for_want_of_memory(tiny, sets, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(inference, "generate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 80))
+def test_a_model_reads_as_many_tokens_as_it_has_positions(tokens, more, positions):
+    """Of the generated tokens all but the last are read."""
+    if max(tokens, tokens + more - 1) <= positions:
+        inference.check_length("row", tokens, positions, more)
+    else:
+        message = error_of(inference.check_length, "row", tokens, positions, more)
+        assert f"{positions} positions" in message and ("--max-new-tokens" in message) == (more > 0)
+
+
 def test_our_own_log_is_a_retain_reference(tiny, sets, tmp_path, results):
     found = logs.read_log(evaluated(tiny, sets, tmp_path, 8)["path"])
     ratios = [item["truth_ratio"] for item in results["forget"].values()]
@@ -588,13 +733,13 @@ def test_the_summary_of_a_run_has_the_language_of_all_models(tiny, other, tmp_pa
     [shown] = [line.split()[1:] for line in table.splitlines() if line.startswith("language ")]
     assert [float(cell) for cell in shown] == pytest.approx([summary[n]["language"] for n in kept], abs=6e-5)
 
-    rows = tofu.Tofu.rows
-    for _ in range(2):  # the second time what the first one kept is read, and its language is told all the same
+    rows = tofu.Tofu.rows  # what the run has kept is read, and its language is told all the same
+    monkeypatch.setattr(tofu.Tofu, "rows", lambda *a: pytest.fail("evaluated again") if a[3] == "model" else rows(*a))
+    for _ in range(2):
         assert eval.main([*arguments, "--model", "run", "--retain-model", str(other.folder), "--out", "again.json"]) == 0
         again = json.loads(Path("again.json").read_text())
         assert again["model"]["language"] == summary["unlearned"]["language"]
         assert again["retrained"]["language"] == summary["retrained"]["language"]
-        monkeypatch.setattr(tofu.Tofu, "rows", lambda *a: pytest.fail("evaluated again") if a[3] == "model" else rows(*a))
 
 
 def test_a_run_is_told_of_degenerate_text_by_its_language_where_that_is_known(tmp_path):
@@ -725,6 +870,82 @@ def test_main_keeps_the_results_of_a_run_folder_and_reads_them_as_retain_logs(ti
     assert code == 0 and float(table_of(out)["forget_quality"][0]) <= 1 and not (tiny.folder / "eval").exists()
 
 
+def test_main_refuses_what_is_longer_than_the_model(tiny, capsys):
+    err = assert_refused(capsys, tiny.folder, "--max-new-tokens", "250")
+    assert "256 positions" in err and "250 new ones" in err and "--max-new-tokens" in err
+
+
+def test_own_rows_are_evaluated_as_far_as_they_go(tiny, other, capsys, tmp_path):
+    path = tmp_path / "own.jsonl"
+    own = [
+        {"question": f"Who is {i}?", "answer": answer}
+        for i, answer in enumerate(("Ann.", "\u041e\u043d\u0430.", "It is Bo."))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    forget = ("--forget", str(path))
+    code, out, err = run_main(capsys, tiny.folder, "--json", forget=forget)
+    found = json.loads(out)
+    assert code == 0 and found["forget_quality"] is None and found["model_utility"] is None and not err
+    assert {"forget_probability", "forget_rouge", "exact_memorization", "extraction_strength"} <= found.keys()
+    assert found["unscorable"] == pytest.approx(1 / 7) and [*found["parts"]] == ["retain_probability", "retain_rouge",
+                                                                                "retain_truth_ratio"]  # fmt: skip
+    code, out, _ = run_main(capsys, tiny.folder, "--retain-model", other.folder, "--show", "2", forget=forget)
+    assert code == 0 and "ROUGE is 0 whatever is said for 14% of the rows" in out
+    assert "forget quality is absent: no truth ratios" in out and re.search(r"^language +\d", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        (["--logs", "x", "--retain-model", "y"], "--retain-model"),
+        (["--logs", "x", "--protocol", "tofu"], "--protocol"),
+        (["--logs", "x", "--forget", "tofu_forget10"], "--forget"),
+        (["--plot", "x", "--json"], "--json"),
+        (["--report", "x", "--show", "3"], "--show"),
+        (["--model", "x", "--forget", "muse_news", "--max-new-tokens", "5"], "--max-new-tokens"),
+        (["--model", "x", "--forget", "muse_news", "--mask-quirk"], "--mask-quirk"),
+        (["--model", "x", "--forget", "tofu_forget10", "--no-stemmer"], "--no-stemmer"),
+        (["--model", "x", "--forget", "tofu_forget10", "--json", "--show", "3"], "--show"),
+        (["--logs", "x", "--out", "."], "--out"),
+        (["--logs", "x", "--out", __file__ + "/x.json"], "--out"),
+        (["--logs", "x", "--out", "a\0b"], "--out"),
+    ],
+)
+def test_a_flag_that_cannot_apply_is_refused_before_anything_is_read(capsys, arguments, flag):
+    assert eval.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {flag}") and err.count("\n") == 1
+
+
+def test_an_interrupted_evaluation_says_whether_it_goes_on(tiny, capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "generate", interrupted)
+    run = tmp_path / "run"
+    save_pretrained(tiny.model, run / "model", tokenizer_from=tiny.tokenizer.folder)
+    for model, told in ((run, "interrupted; the same command goes on from here"), (tiny.folder, "interrupted")):
+        code, _, err = run_main(capsys, model)
+        assert code == 130 and err.endswith(told) and "Traceback" not in err
+    [journal] = run.glob("eval/*/journal.jsonl")
+    assert inference.Journal(journal).done and not list(run.glob("eval/*/.lock"))
+
+
+def test_a_reader_that_has_gone_and_no_memory_for_the_model_are_no_tracebacks(tiny, capsys, monkeypatch):
+    def fail(error):
+        def raising(*arguments, **settings):
+            raise error
+
+        return raising
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_pretrained", fail(MemoryError()))
+        assert "out of memory" in assert_refused(capsys, tiny.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_pretrained", fail(BrokenPipeError()))
+        assert run_main(capsys, tiny.folder)[0] == 141
+
+
 def test_main_shows_the_worst_rows_of_each_set(tiny, capsys):
     code, out, _ = run_main(capsys, tiny.folder, "--show", "2")
     assert code == 0 and out.count("    question") == out.count("    reference") == out.count("    generation") == 8
@@ -763,6 +984,26 @@ def test_main_plots_the_trajectory_of_a_run(tmp_path, capsys):
         assert eval.main(["--plot", str(folder)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: {folder}") and told in err and err.count("\n") == 1
+
+
+HOSTILE = [math.nan, math.inf, -1.0, 2.0, 10**400, "x", None, True, [], {}, "\ud800"]
+
+
+@given(st.sampled_from(["epoch", "forget_quality", "model_utility", "target", "retrained"]), st.sampled_from(HOSTILE))
+def test_a_hostile_trajectory_is_drawn_or_refused_in_one_line(tmp_path_factory, key, value):
+    pytest.importorskip("matplotlib")
+    run = tmp_path_factory.mktemp("$x^{plots") / "run$\\frac"
+    finished_run(run)
+    lines = (run / "trajectory.jsonl").read_text().splitlines()
+    name, text = ("summary.json", json.loads((run / "summary.json").read_text())), json.loads(lines[-1])
+    if key in name[1]:
+        write_log(run / "summary.json", name[1] | {key: value})
+    else:
+        (run / "trajectory.jsonl").write_text(lines[0] + "\n" + json.dumps(text | {key: value}) + "\n")
+    try:
+        assert eval.plot(run).read_bytes().startswith(b"\x89PNG")
+    except EvalError as e:
+        assert str(e).startswith(str(run)) and "\n" not in str(e)
 
 
 def test_main_prints_nothing_but_json_when_asked(tiny, other, capsys):

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 pytest.importorskip("scipy")
 pytest.importorskip("rouge_score")
 
+import logs
 import report
 import train
 from data import Example, Row, Tokenizer
@@ -195,8 +196,9 @@ def test_kept_generations_are_shown_unless_they_were_asked_for_otherwise(copy):
     log = json.loads(path.read_text())
     for item in log["rows"]["forget"].values():
         item["generation"] = "planted"
-    for limit, count in ((4, report.FORGET_ROWS), (5, 0)):
-        path.write_text(json.dumps(log | {"protocol": log["protocol"] | {"max_new_tokens": limit}}))
+    for limit, weights, count in ((4, 1, report.FORGET_ROWS), (5, 1, 0), (4, 0, 0)):  # 0: of another model in its place
+        log["protocol"]["weights"] *= weights
+        logs.write_log(path, log | {"protocol": log["protocol"] | {"max_new_tokens": limit}})
         assert evaluate(["--report", str(copy)]) == 0
         found = [line.generation for _, lines in Page((copy / "report.html").read_text()).answers for line in lines.values()]
         assert found.count("planted") == count
