@@ -30,7 +30,7 @@ ITEM |= {"truth_ratio": Field(float, 0, 1e308, required=False), "probability": F
 ITEM |= dict.fromkeys(("rouge", "rouge_f1", "rouge1"), Field(float, 0, 1, required=False))
 ITEM |= dict.fromkeys(MEMORIZATION, SHARE) | dict.fromkeys(MEMBERSHIP, Field(float, -1e30, 1e30, required=False))
 ITEM |= dict.fromkeys(("question", "answer", "generation", "prompt"), Field(str, required=False))
-ROWS = Field(dict, fields={"forget": Field(dict, 1)}, items=Field(dict, items=Field(dict, fields=ITEM)))
+ROWS = Field(dict, fields={"forget": Field(dict, 1)}, items=Field(dict, 1, items=Field(dict, fields=ITEM)))
 OURS = {
     "rows": ROWS,
     "protocol": Field(dict, required=False, null=True, fields={
