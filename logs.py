@@ -34,7 +34,7 @@ ROWS = Field(dict, fields={"forget": Field(dict, 1)}, items=Field(dict, 1, items
 OURS = {
     "rows": ROWS,
     "protocol": Field(dict, required=False, null=True, fields={
-        "epsilon": Field(float, 0, 1, required=False), "sets": Field(dict, required=False, items=Field(dict)),
+        "epsilon": Field(float, 0, 1, required=False), "sets": Field(dict, required=False, items=Field(dict, fields={"fingerprint": Field(str, required=False)})),
     }),
     "scores": Field(dict, required=False, fields={"mia_min_k": AUC}),
 }  # fmt: skip
@@ -221,7 +221,7 @@ def with_truth_ratio(log: dict, mean: str) -> dict:
     """The log with its truth ratios computed again with another mean. Raises EvalError where it holds no losses."""
     rows = dict(log["rows"])
     for name in (n for n in rows if n in SETS):
-        if any("correct_loss" not in item for item in rows[name].values()):
+        if any(not {"correct_loss", "wrong_losses"} <= item.keys() for item in rows[name].values()):
             raise EvalError(f"{log['path']}: holds no losses of the {name} set; its truth ratios cannot be recomputed")
         rows[name] = {
             key: item | {"truth_ratio": truth_ratio(item["correct_loss"], item["wrong_losses"], mean, log["epsilon"])}
