@@ -31,10 +31,11 @@ ITEM |= dict.fromkeys(("rouge", "rouge_f1", "rouge1"), Field(float, 0, 1, requir
 ITEM |= dict.fromkeys(MEMORIZATION, SHARE) | dict.fromkeys(MEMBERSHIP, Field(float, -1e30, 1e30, required=False))
 ITEM |= dict.fromkeys(("question", "answer", "generation", "prompt"), Field(str, required=False))
 ROWS = Field(dict, fields={"forget": Field(dict, 1)}, items=Field(dict, 1, items=Field(dict, fields=ITEM)))
+DATA = Field(dict, fields={"fingerprint": Field(str, required=False)})
 OURS = {
     "rows": ROWS,
     "protocol": Field(dict, required=False, null=True, fields={
-        "epsilon": Field(float, 0, 1, required=False), "sets": Field(dict, required=False, items=Field(dict, fields={"fingerprint": Field(str, required=False)})),
+        "epsilon": Field(float, 0, 1, required=False), "sets": Field(dict, required=False, items=DATA),
     }),
     "scores": Field(dict, required=False, fields={"mia_min_k": AUC}),
 }  # fmt: skip

@@ -340,7 +340,7 @@ class Tofu(Benchmark):
         scores += f", truth ratio {item['truth_ratio']:.3f}" if "truth_ratio" in item else ""
         if item.get("language_loss") is not None:
             scores += f", language loss {item['language_loss']:.2f}"
-        texts = {"question": item["question"], "reference": item["answer"], "generation": item["generation"]}
+        texts = {"question": item.get("question", ""), "reference": item.get("answer", ""), "generation": item["generation"]}
         return (rouge, -item["loss"]), scores, texts  # by ROUGE, then probability
 
     @classmethod
