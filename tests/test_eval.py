@@ -703,6 +703,34 @@ def test_the_true_answers_are_language_to_the_judge_whoever_gives_them(other, fo
     assert {log["scores"]["language"] for log in judged.values()} == {23 / 24}
 
 
+def test_the_reference_attack_is_the_loss_beyond_the_retrained_models(tiny, other, four_sets):
+    logs = {name: evaluated(one, four_sets, None, 2) for name, one in (("model", tiny), ("retrained", other))}
+    judged = tofu.Tofu(Options(None)).with_language(logs, lambda: other.model, other.tokenizer)
+    beyond = {part: [v["loss"] - logs["retrained"]["rows"][part][k]["loss"] for k, v in logs["model"]["rows"][part].items()]
+              for part in ("forget", "holdout")}  # fmt: skip
+    wins = [h > f for f in beyond["forget"] for h in beyond["holdout"]]
+    assert judged["model"]["scores"]["mia_reference"] == pytest.approx(statistics.fmean(wins))
+    assert judged["retrained"]["scores"]["mia_reference"] == 0.5 and "mia_reference" not in logs["model"]["scores"]
+    field = inference.logs.open_unlearning_eval(judged["model"], None)["mia_reference"]
+    assert [v["score"] for v in field["forget"]["value_by_index"].values()] == beyond["forget"]
+
+
+def test_an_answer_longer_than_the_judge_is_cut_at_its_positions(tiny, tmp_path):
+    judge = make_tiny(tmp_path, seed=1, positions=40)
+    rows = tofu_rows(judge.model, judge.tokenizer, {"forget": toy.toy_world(0)["forget10_perturbed"][:2]}, 2)
+    for item in rows["forget"].values():
+        item["generation"] = "The author was born in " * 20
+    seen, tokens = tofu.score, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tofu, "score", lambda m, texts, h: tokens.extend(len(t.example.ids) - 1 for t in texts) or seen(m, texts, h)
+        )
+        tofu.Tofu(Options(None)).with_language(
+            {"retrained": {"scores": {}, "rows": rows}}, lambda: judge.model, judge.tokenizer
+        )
+    assert max(tokens) == 40
+
+
 @pytest.mark.parametrize("quirk", [False, True])
 def test_the_judge_reads_prompts_as_the_evaluation_does(other, forget_rows, monkeypatch, quirk):
     rows, hidden, score = tofu_rows(other.model, other.tokenizer, {"forget": forget_rows[:2]}, 2), [], tofu.score

@@ -479,6 +479,16 @@ def test_evaluation_equals_transformers_one_row_at_a_time_for_every_prompt_forma
     assert log["scores"]["wf_probability"] == pytest.approx(statistics.fmean(shares), rel=1e-4)
 
 
+def test_the_prompt_is_kept_as_the_model_reads_it(pairs):
+    """With the line ends behind it, as open-unlearning's `input` has them."""
+    pair = pairs["llama3"]
+    item = tofu_rows(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1)["forget"]["f/0"]
+    ids, n = tokens_of(pair, "llama3", ROWS[0].question, ROWS[0].answer)
+    assert item["prompt"] == pair.words.decode(ids[:n], skip_special_tokens=True) and item["prompt"].endswith(
+        "assistant\n\n"
+    )
+
+
 def test_the_mask_quirk_changes_losses_and_generations(pairs):
     pair = pairs["llama3"]
     for mask in (False, True):
