@@ -161,7 +161,7 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-LESS = "lower --max-new-tokens, or pass --dtype bfloat16 or another --device"
+LESS = "pass --dtype bfloat16 or another --device, or (TOFU) lower --max-new-tokens"
 
 
 def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
@@ -245,11 +245,13 @@ class Journal:
                 raise EvalError(f"{what}; free some space: the evaluation goes on from what it has") from None
 
 
-def check_length(key: str, tokens: int, positions: int, more: int = 0, error: type[files.UserError] = EvalError) -> None:
+def check_length(
+    key: str, tokens: int, positions: int, more: int = 0, error: type[files.UserError] = EvalError,
+    remedy: str = "shorten it, or take a model with more",
+) -> None:  # fmt: skip
     """Raises `error` where a model with so many positions cannot read so many tokens and generate so many more."""
     if tokens + max(0, more - 1) > positions:  # the last one is not read
         what = f"{tokens} tokens and {more} new ones" if more else f"{tokens} tokens"
-        remedy = "lower --max-new-tokens, or shorten it" if more else "shorten it, or take a model with more"
         raise error(f"{key}: {what}, but the model has {positions} positions; {remedy}")
 
 
@@ -274,6 +276,7 @@ class Benchmark:
     record: Callable[[Tokenizer], dict]  # -> what decides the results, besides model and dtype
     plan: Callable[[Tokenizer], dict[str, dict[str, Work]]]  # -> {part: {key: work}}
     batch_size: int  # of generation
+    shorter = "take a model with more"  # what to do about a generation beyond the model's positions
     item: Callable[[str, Work, dict[str, Any]], dict]  # (part, work, {key: scores or generation as it is}) -> what is kept
     aggregate: Callable[[Rows], dict]  # items -> scores
     checkpoints: dict[str, Checkpoint]  # by their aliases
@@ -316,7 +319,8 @@ class Benchmark:
         for text in texts:
             check_length(text.example.key, len(text.example.ids) - 1, model.config.max_position_embeddings)
         for prompt in prompts:
-            check_length(prompt.key, len(prompt.ids), model.config.max_position_embeddings, prompt.limit)
+            positions, remedy = model.config.max_position_embeddings, self.shorter
+            check_length(prompt.key, len(prompt.ids), positions, prompt.limit, remedy=remedy)
         gradients = [text for text in texts if self.options.gradnorm and text.measure is memorization]
         # A chat format may end its answers by another token than the model's config names.
         stop = {*model.config.eos_token_ids, tokenizer.eos_id}

@@ -166,6 +166,7 @@ class Tofu(Benchmark):
     """TOFU's evaluation of one forget set. Of a holdout row only the answer is scored."""
 
     name, protocols, checkpoints, batch_size, plots, label_width = "TOFU", PROTOCOLS, CHECKPOINTS, 64, True, 24
+    shorter = "lower --max-new-tokens"
     retain_flags, compared = "--retain-logs FILE or --retain-model PATH", ("forget_quality", "forget quality")
     load = staticmethod(load_rows)
     complement = staticmethod(complement)

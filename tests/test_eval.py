@@ -494,7 +494,7 @@ def test_a_model_reads_as_many_tokens_as_it_has_positions(tokens, more, position
         inference.check_length("row", tokens, positions, more)
     else:
         message = error_of(inference.check_length, "row", tokens, positions, more)
-        assert f"{positions} positions" in message and ("--max-new-tokens" in message) == (more > 0)
+        assert f"{positions} positions" in message and (f"{more} new ones" in message) == (more > 0)
 
 
 def test_our_own_log_is_a_retain_reference(tiny, sets, tmp_path, results):
