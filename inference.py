@@ -208,15 +208,20 @@ def gradient_norm(model: Llama, example: Example, hidden_id: int | None = None) 
     return statistics.fmean(g.float().norm().item() for g in gradients)
 
 
+def evaluated(model: Llama) -> Llama:
+    """The model as it is evaluated: its master weights are cast once, not in every step of generation."""
+    cast = any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2)
+    return model.frozen_copy() if cast else model
+
+
 def digest_of(model: Llama) -> str:
-    """16 hex digits of all that a model computes with: its config, and each parameter's name and bytes as they are used
-    (matrices in the compute dtype). The same in memory and loaded from where it was saved."""
+    """16 hex digits of all that a model computes with: its config, and each parameter's name and bytes as `evaluated`. The
+    same in memory and loaded from where it was saved."""
 
     def one(p: Tensor) -> str:
-        used = p.detach().to(model.compute_dtype if p.ndim == 2 else torch.float32).cpu().contiguous()
-        return hashlib.sha256(used.view(torch.uint8).numpy().data).hexdigest()
+        return hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*evaluated(model).named_parameters(), strict=True)
     with ThreadPoolExecutor(4) as pool:
         found = dict(zip(names, pool.map(one, parameters), strict=True))
     return fingerprint([dataclasses.asdict(model.config), str(model.compute_dtype), found])
@@ -311,8 +316,7 @@ class Benchmark:
         """Per-item results {part: {key: item}}: texts are scored first, then prompts continued. With `journal`, an
         interrupted evaluation goes on from what that file holds, of this model and this evaluation. label: of the progress
         bar. Raises as `plan`, `check_length` and `halved`, and EvalError naming the example whose loss is not finite."""
-        if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
-            model = model.frozen_copy()  # cast the master weights once, not in every step of generation
+        model = evaluated(model)
         plan, journaled = self.plan(tokenizer), Journal(journal)
         done, work = journaled.done, [w for part in plan.values() for w in part.values()]
         texts, prompts = [text for w in work for text in w.texts.values()], [w.prompt for w in work if w.prompt]
@@ -357,6 +361,7 @@ class Benchmark:
         is of the protocol, the model's weights and its tokenizer, so a result is reused only for the same evaluation of the
         same model. Another process that is at it is waited for. None, or a folder that cannot be written: nothing is kept,
         'path' is None. Raises EvalError for a damaged log or journal, and for links that lead out of the folder."""
+        model = evaluated(model)
         protocol = self.record(tokenizer) | {"dtype": str(model.compute_dtype), "weights": digest_of(model)}
         protocol |= {"tokenizer": files.digest(tokenizer.path)[:16]}
         key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]

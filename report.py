@@ -39,7 +39,11 @@ CONFIG |= dict.fromkeys(("tokenizer", "eval_retain", "retain_model", "data_dir")
 NUMBERS = Field(dict, items=Field((float, dict), -1e30, 1e30, null=True, items=Field(float, -1e30, 1e30)))
 SUMMARY = {"hints": Field(list, items=Field(str)), "retain_reference": Field(str, required=False)}
 SUMMARY |= {name: dataclasses.replace(NUMBERS, required=False) for name in ("target", "unlearned", "retrained")}
-MEMORY = {"tau": Field(float), "share": Field(float, 0, 1), "rows": Field(dict, items=Field(list, items=Field(int)))}
+MEMORY = {
+    "tau": Field(float, -1e6, 1e6),
+    "share": Field(float, 0, 1),
+    "rows": Field(dict, items=Field(list, items=Field(int))),
+}
 LOG = {"protocol": Field(dict), "rows": Field(dict, items=Field(dict, items=Field(dict, fields={
     "question": Field(str), "generation": Field(str, required=False)})))}  # fmt: skip
 

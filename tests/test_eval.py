@@ -952,6 +952,7 @@ def test_an_interrupted_evaluation_says_whether_it_goes_on(tiny, capsys, tmp_pat
     monkeypatch.setattr(inference, "generate", interrupted)
     run = tmp_path / "run"
     save_pretrained(tiny.model, run / "model", tokenizer_from=tiny.tokenizer.folder)
+    write_log(run / "config.json", {"config": {}})  # as train.py's
     for model, told in ((run, "interrupted; the same command goes on from here"), (tiny.folder, "interrupted")):
         code, _, err = run_main(capsys, model)
         assert code == 130 and err.endswith(told) and "Traceback" not in err

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import BYTE_LEVEL, KINDS, error_of, make_tiny, write_tokenizer
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("scipy")
@@ -26,6 +26,7 @@ import logs
 import report
 import train
 from data import Example, Row, Tokenizer
+from eval import benchmark_of
 from eval import main as evaluate
 from model import load_pretrained, save_pretrained
 from report import Shown
@@ -258,7 +259,7 @@ def change(path: Path, **values) -> None:
 def test_a_run_of_another_kind_is_refused_in_one_line(copy, tmp_path, capsys):
     assert "no such file; name a run folder" in refused(capsys, tmp_path / "nowhere")
     config = json.loads((copy / "config.json").read_text())["config"]
-    for settings, told in (
+    for other, told in (
         ({"finetune": "toy_full"}, "no unlearning run"),
         ({"forget": "muse_news"}, "forgets muse_news"),
         ({"forget": 5}, "'forget'"),
@@ -266,7 +267,7 @@ def test_a_run_of_another_kind_is_refused_in_one_line(copy, tmp_path, capsys):
         ({"model": "nowhere"}, "nowhere"),
         ({"retain_model": str(tmp_path / "gone")}, "gone"),
     ):
-        change(copy / "config.json", config=config | settings)
+        change(copy / "config.json", config=config | other)
         assert told in refused(capsys, copy)
     change(copy / "config.json", config={key: value for key, value in config.items() if key != "seed"})
     assert "config.json: key 'seed'" in refused(capsys, copy)
@@ -308,6 +309,34 @@ def test_a_broken_file_is_named(copy, capsys, name, text):
     path.write_text(text)
     assert str(path) in refused(capsys, copy)
     assert (copy / "report.html").exists()  # the earlier one stays
+
+
+HOSTILE = st.sampled_from([None, True, "x", "\ud800", -1, 10**400, 1e308, math.nan, math.inf, [], {}, [[]], {"0": 1}])
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["config", "summary", "memory"]), st.data())
+def test_a_hostile_file_is_read_or_refused_in_one_line(run, tmp_path_factory, name, draw):
+    folder = tmp_path_factory.mktemp("hostile")
+    for other in ("config", "summary", "memory"):
+        shutil.copy(run / f"{other}.json", folder)
+    record = json.loads((path := folder / f"{name}.json").read_text())
+    around, key = record, draw.draw(st.sampled_from(list(record)))
+    while isinstance(around[key], dict) and around[key] and draw.draw(st.booleans()):
+        around, key = around[key], draw.draw(st.sampled_from(list(around[key])))
+    around[key] = draw.draw(HOSTILE)
+    path.write_text(json.dumps(record))
+    shown = Shown(Row("toy_full/540", "q", "a"), Example("toy_full/540", (0,) * 40, 3), [])
+    try:
+        _, summary = report.read_run(folder, benchmark_of)
+        report.fill_memory(folder / "memory.json", [shown])
+        report.trajectory_html(run / "trajectory.jsonl", summary)
+        for model in ("target", "unlearned", "retrained"):
+            Tofu.cells(summary[model])
+    except (KeyError, TypeError):  # what `write` says in one line
+        assert name == "summary"
+    except report.EvalError as e:
+        assert "\n" not in str(e) and (str(folder) in str(e) or str(run) in str(e))
 
 
 @pytest.mark.parametrize("positions", ([], [0], [1, 3], [0, 3], [4], [-1], [0, 4], [1.0], ["1"], [True]))
