@@ -704,8 +704,10 @@ def test_an_interrupted_evaluation_ends_as_the_whole_one_and_does_nothing_twice(
         lines = whole[: int(part * len(whole))].split(b"\n")
         path.write_bytes(b"\n".join(lines))
         again = tofu_rows(pair.model, pair.tokenizer, sets, 3, 2, journal=path)
-        assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)) for x in lines[:-1])]
-        assert sum(len(json.loads(x)) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
+        assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)["done"]) for x in lines[:-1])]
+        assert (
+            sum(len(json.loads(x)["done"]) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
+        )
     for name, items in expected.items():
         for key, item in items.items():
             assert again[name][key] == {
