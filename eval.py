@@ -24,13 +24,20 @@ import report
 from data import OWN_FILE, PROMPT_FORMATS, Tokenizer
 from files import Field, UserError
 from hub import commit_of, local_path
-from inference import Benchmark, Options, pick_device, pick_dtype
+from inference import LESS, Benchmark, Options, out_of_memory, pick_device, pick_dtype
 from metrics import EvalError, require_extra
 from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, recorded_prompt, resolve_folder
 from muse import Muse
 from tofu import Tofu, scored
 
 TOKENIZER_PATTERNS = ("tokenizer*.json", "special_tokens_map.json", "*.jinja")
+# Flags by what they are of, and those that each benchmark has no use for.
+FLAGS = {
+    "plot": (),
+    "report": ("device", "dtype", "data_dir"),
+    "logs": ("retain_logs", "truth_ratio", "show", "json", "out"),
+}
+NOT_OF = {"TOFU": ["no_stemmer"], "MUSE": "eval_retain truth_ratio mask_quirk gradnorm max_new_tokens seed".split()}
 BENCHMARKS: dict[str, type[Benchmark]] = {"tofu": Tofu, "toy": Tofu, "muse": Muse}  # by the first word of a data set's name
 ALIASES = {alias: known for kind in BENCHMARKS.values() for alias, known in kind.checkpoints.items()}
 
@@ -106,17 +113,21 @@ def plot(run: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise EvalError("plots need matplotlib: pip install -e '.[eval]'") from None
+    fields = {"model_utility": files.Field(float, 0, 1), "forget_quality": files.Field(float, 0, 1, null=True)}
+    point, mark = fields | {"epoch": files.Field(float, 0, 1e9)}, files.Field(dict, required=False, fields=fields)
     try:
-        if not (points := files.read_jsonl(run / "trajectory.jsonl")):
-            raise FileNotFoundError(f"{run / 'trajectory.jsonl'} holds nothing")
-        summary = files.read_json(run / "summary.json")
-        marks = {name: summary[name] for name in ("target", "retrained") if name in summary}
-        points = [marks["target"] | {"epoch": 0}] + points if "target" in marks else points
-        path = [(p["model_utility"], p["forget_quality"], p["epoch"]) for p in points]
-        places = {name: (m["model_utility"], m["forget_quality"]) for name, m in marks.items()}
-    except (UserError, OSError, ValueError, KeyError, TypeError) as e:
+        points = files.read_jsonl(run / "trajectory.jsonl", EvalError)
+        wrong = next((x for p in points if (x := files.fault(p, files.Field(dict, fields=point)))), None)
+        if wrong or not points:
+            raise EvalError(f"{run / 'trajectory.jsonl'}: {wrong or 'holds nothing'}")
+        summary = files.read_json(run / "summary.json", EvalError, fields={"target": mark, "retrained": mark})
+    except EvalError as e:
         raise EvalError(f"{run}: no trajectory of a finished run (train with --eval-every) ({e})") from None
-    if any(quality is None for _, quality, _ in path):
+    marks = {name: summary[name] for name in ("target", "retrained") if name in summary}
+    points = [marks["target"] | {"epoch": 0}] + points if "target" in marks else points
+    path = [(p["model_utility"], p["forget_quality"], p["epoch"]) for p in points]
+    places = {name: (m["model_utility"], m["forget_quality"]) for name, m in marks.items()}
+    if any(quality is None for _, quality, *_ in [*path, *places.values()]):
         raise EvalError(f"{run}: has no forget quality; train with --retain-model or --retain-logs")
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -128,9 +139,14 @@ def plot(run: Path) -> Path:
         axes.plot(x, max(y, 1e-300), look[0], color=look[1], markersize=11, label=name)
     axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     axes.set_xlim(left=0)
-    axes.set(yscale="log", xlabel="model utility", ylabel="forget quality (KS p-value)", title=f"{run.name}, by epoch")
+    axes.set(yscale="log", xlabel="model utility", ylabel="forget quality (KS p-value)")
+    axes.set_title(f"{report.visible(run.resolve().name)}, by epoch", parse_math=False)
     axes.legend()
-    figure.savefig(run / "trajectory.png", dpi=150)
+    try:
+        with files.replacing(run / "trajectory.png") as part:
+            figure.savefig(part, dpi=150, format="png")
+    except OSError as e:
+        raise files.room(run / "trajectory.png", e, EvalError) from None
     return run / "trajectory.png"
 
 
@@ -141,7 +157,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add = parser.add_argument
     add("--model", help="run folder of train.py, model folder, hub id or alias")
-    add("--forget", help="forget set, e.g. tofu_forget10, tofu_forget05[:40], muse_news, muse_news[:10]")
+    add("--forget", help="forget set, e.g. tofu_forget10, tofu_forget05[:40], muse_news, muse_news[:10], own.jsonl")
     add("--logs", help="score this evaluation log instead of a model (formats as --retain-logs)")
     add("--plot", metavar="RUN", help="draw the trajectory of a run of train.py into RUN/trajectory.png")
     add("--report", metavar="RUN", help="write scores, trajectory and answers of a TOFU run into RUN/report.html")
@@ -153,7 +169,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--protocol", default="open-unlearning", choices=protocols, help=meant)
     add("--truth-ratio", default="geometric", choices=["geometric", "arithmetic"], help="mean over the wrong answers")
     add("--no-stemmer", action="store_true", help="MUSE: ROUGE without stemmer (off by itself in protocol muse)")
-    add("--mask-quirk", action="store_true", help="hide <|eot_id|> in prompts, as open-unlearning does (#128)")
+    add("--mask-quirk", action="store_true", help="hide EOS in prompts that pads too, as open-unlearning does (#128)")
+    add("--gradnorm", action="store_true", help="mia_gradnorm too: a backward pass for each forget and holdout row")
     add("--tokenizer", help="folder or hub id, where the model has none")
     add("--prompt", default="auto", help=f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
     add("--data-dir", help="folder with local data in hub layout (TOFU/forget10.json, ...)")
@@ -171,7 +188,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--model needs --forget")
     if args.retain_logs and args.retain_model:
         parser.error("--retain-logs and --retain-model: pass one of them")
+    args.given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     return args
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises EvalError for a flag that cannot apply, and for an --out that cannot be written."""
+    what, sense = "model", args.given
+    for name, useful in FLAGS.items():
+        if getattr(args, name) is not None:
+            what, sense = f"--{name}", {name, *useful}
+    if what == "model":
+        kind = benchmark_of(args.forget).name
+        what, sense = kind, args.given - {*NOT_OF[kind]}
+    if useless := sorted(args.given - sense):
+        raise EvalError(f"--{useless[0].replace('_', '-')}: has no meaning for {what}; drop the flag")
+    if args.json and args.show:
+        raise EvalError("--show: prints rows, and --json prints one object and nothing else; drop one of them")
+    if args.out:
+        try:
+            folder = Path(args.out).resolve().parent
+            existing = next(path for path in (folder, *folder.parents) if path.exists())
+            why = "is a folder; name a file" if Path(args.out).is_dir() else ""
+            why = why or ("" if existing.is_dir() and os.access(existing, os.W_OK) else f"{existing} cannot be written in")
+        except (OSError, ValueError) as e:
+            why = f"is no name for a file ({files.first_line(e)})"
+        if why:
+            raise EvalError(f"--out {args.out!r}: {why}")
 
 
 def make_benchmark(args: argparse.Namespace) -> Benchmark:
@@ -179,7 +222,7 @@ def make_benchmark(args: argparse.Namespace) -> Benchmark:
     kind, forget = (Tofu, None) if args.logs else (benchmark_of(args.forget), args.forget)
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if f.name in args}
     asked |= {"forget": forget, "rows": kind.first_rows(args.forget), "stemmer": False if args.no_stemmer else None}
-    return kind(Options(**asked, holdout=True))
+    return kind(Options(**asked, holdout=True, own=True))
 
 
 def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callable[[str], None]) -> dict[str, dict]:
@@ -194,6 +237,7 @@ def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callabl
 
     def run(name: str, label: str) -> tuple[Source, dict]:
         source = open_source(name, "target", args.tokenizer, args.prompt)
+        benchmark.check(source.tokenizer)
         model = load(source)
         on = f"{device}, {dtype}, protocol {args.protocol}"
         say(f"{label}: {source.name}  prompt format {source.tokenizer.format_name}, {on}")
@@ -214,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             print(text, flush=True)
 
     try:
+        check_flags(args)
         if args.plot:
             print(plot(Path(args.plot)))
             return 0
@@ -232,8 +277,6 @@ def main(argv: list[str] | None = None) -> int:
         found = {name: benchmark.summary(log, *reference) for name, log in logs.items()}
         summaries = {name: summary for name, (summary, _) in found.items()}
         first, (_, where) = next(iter(logs)), list(found.values())[-1]
-        if args.out:
-            files.write_json(Path(args.out), summaries)
         if args.json:
             print(json.dumps(summaries[first] | {"retain_reference": where}, indent=1))
         say(benchmark.report(summaries, where))
@@ -241,8 +284,27 @@ def main(argv: list[str] | None = None) -> int:
             say(benchmark.worst(logs[first], args.show))
         if logs[first]["path"]:
             say(f"per-item results: {logs[first]['path']}")
+        if args.out:
+            files.write_json(Path(args.out), summaries)
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = args.model and run_folder(args.model)
+        print("\ninterrupted" + ("; the same command goes on from here" if kept else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # who reads the output has ended, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 141
+    except OSError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        print(f"error: out of memory ({files.first_line(e)}); {LESS}", file=sys.stderr)
         return 2
     return 0
 

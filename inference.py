@@ -4,13 +4,18 @@ tofu.py and muse.py say what is asked, as subclasses of `Benchmark`: for each ro
 it, a `Prompt` to continue, or both.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import math
-import os
+import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
+import logs
 from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
-from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k
+from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k, unscorable
 from model import Llama, generate
 
 Scores = dict[str, Any]  # numbers, or one for each token
@@ -45,6 +51,8 @@ class Options:
     mask_quirk: bool = False  # TOFU's: open-unlearning issue 128, where EOS is also the padding, no EOS in a prompt is seen
     stemmer: bool | None = None  # None: as the protocol has it
     holdout: bool = False  # TOFU's: membership scores too, where the forget set has holdout rows
+    gradnorm: bool = False  # TOFU's: `mia_gradnorm` among them, a backward pass for each forget and holdout row
+    own: bool = False  # TOFU's: of rows of one's own what needs no other sets is evaluated; False: they are refused
 
 
 @dataclass(frozen=True)
@@ -146,41 +154,115 @@ def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
         yield batch
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is for want of memory, of a GPU or of the machine."""
+    known = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in known)
+    )
+
+
+LESS = "pass --dtype bfloat16 or another --device, or (TOFU) lower --max-new-tokens"
+
+
+def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
+    """Half of a batch's size, to go on with where it was too much for the memory. Raises EvalError for a batch of one, and
+    the error where it is another one."""
+    if not out_of_memory(error):
+        raise error
+    if len(batch) == 1:
+        raise EvalError(f"{key}: too much for the memory even by itself ({files.first_line(error)}); {LESS}") from None
+    return max(1, size // 2)
+
+
 def score(model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget=2048) -> Iterator[dict[str, Scores]]:
     """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens, the output head at labels only.
-    hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`)."""
-    for batch in batches(texts, budget):
-        packed = pack([text.example for text in batch], hidden_id).to(model.device)
-        with torch.no_grad():
-            scores = batch[0].measure(model(**packed.inputs), packed.targets, packed.answer_lengths)
-        yield {text.key: found for text, found in zip(batch, scores, strict=True)}
+    hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of memory, it goes on with half
+    the budget. Raises EvalError for a text that is too much for the memory by itself."""
+    done, batch = set[str](), list[Text]()
+    while True:
+        try:
+            for batch in batches([text for text in texts if text.key not in done], budget):
+                packed = pack([text.example for text in batch], hidden_id).to(model.device)
+                with torch.no_grad():
+                    scores = batch[0].measure(model(**packed.inputs), packed.targets, packed.answer_lengths)
+                done |= {text.key for text in batch}
+                yield {text.key: found for text, found in zip(batch, scores, strict=True)}
+            return
+        except (RuntimeError, MemoryError) as e:
+            budget = halved(sum(len(text.example.ids) for text in batch), batch, batch[0].example.key, e)
+
+
+def gradient_norm(model: Llama, example: Example, hidden_id: int | None = None) -> float:
+    """open-unlearning's `mia_gradnorm` of an answer: the mean over all parameters (matrices, norms) of the L2 norm of the
+    gradient of the mean negative log-likelihood per token, EOS excluded."""
+    batch, parameters = pack([example], hidden_id).to(model.device), list(model.parameters())
+    wanted = [p.requires_grad for p in parameters]
+    try:
+        with torch.enable_grad():
+            model.requires_grad_()
+            loss = F.cross_entropy(model(**batch.inputs)[:-1], batch.targets[:-1])
+            gradients = torch.autograd.grad(loss, parameters)
+    finally:
+        for p, before in zip(parameters, wanted, strict=True):
+            p.requires_grad_(before)
+    return statistics.fmean(g.float().norm().item() for g in gradients)
+
+
+def evaluated(model: Llama) -> Llama:
+    """The model as it is evaluated: as `save_pretrained` keeps it, cast once, not in every step of generation."""
+    cast = any(p.dtype != model.compute_dtype for p in model.parameters())
+    return model.frozen_copy(norms=True) if cast else model
+
+
+def digest_of(model: Llama) -> str:
+    """16 hex digits of all that a model computes with: its config, and each parameter's name and bytes as `evaluated`. The
+    same in memory and loaded from where it was saved."""
+
+    def one(p: Tensor) -> str:
+        return hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+
+    names, parameters = zip(*evaluated(model).named_parameters(), strict=True)
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(names, pool.map(one, parameters), strict=True))
+    return fingerprint([dataclasses.asdict(model.config), str(model.compute_dtype), found])
 
 
 class Journal:
     """What an evaluation has done so far, one JSON object per line, so that an interrupted one goes on from there."""
 
     def __init__(self, path: Path | None):
-        """path None: in memory only. A line that a killed process left half written is dropped from the file."""
-        self.path, self.done = path, dict[str, Any]()
-        if path is not None and path.exists():
-            whole = path.read_bytes()
-            end = whole.rfind(b"\n") + 1
-            if end < len(whole):
-                os.truncate(path, end)
-            for line in whole[:end].splitlines():
-                self.done |= json.loads(line)
+        """path None: in memory only. A last line that a killed process left half written is dropped from the file. Raises
+        EvalError for any other damage, and for a link."""
+        self.file, self.done = files.JsonLines(path, error=EvalError) if path else None, dict[str, Any]()
+        for number, record in enumerate(self.file.records if self.file else [], 1):
+            if record.get("checksum") != fingerprint([record.get("done")]):
+                raise EvalError(f"{path}, line {number}: has changed since it was written; remove it")
+            self.done |= record["done"]
 
-    def add(self, results: dict[str, Scores] | dict[str, str]) -> None:
+    def add(self, results: dict[str, Scores] | dict[str, str] | dict[str, float]) -> None:
         """Raises EvalError where the file cannot be written."""
         self.done |= results
-        if self.path is None:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(results, ensure_ascii=False) + "\n")
-        except OSError as e:
-            raise EvalError(f"{self.path}: could not be written ({e}); free some space or choose another --out") from None
+        if self.file:
+            try:
+                self.file.add({"done": results, "checksum": fingerprint([results])})
+            except EvalError as e:
+                what = str(e).partition(";")[0]
+                raise EvalError(f"{what}; free some space: the evaluation goes on from what it has") from None
+
+
+def check_length(
+    key: str, tokens: int, positions: int, more: int = 0, error: type[files.UserError] = EvalError,
+    remedy: str = "shorten it, or take a model with more",
+) -> None:  # fmt: skip
+    """Raises `error` where a model with so many positions cannot read so many tokens and generate so many more."""
+    if tokens + max(0, more - 1) > positions:  # the last one is not read
+        what = f"{tokens} tokens and {more} new ones" if more else f"{tokens} tokens"
+        raise error(f"{key}: {what}, but the model has {positions} positions; {remedy}")
+
+
+def waiting(folder: Path, process: int) -> None:
+    tqdm.write(f"{folder}: process {process} evaluates there; waiting for its result", file=sys.stderr)
 
 
 class Benchmark:
@@ -200,6 +282,7 @@ class Benchmark:
     record: Callable[[Tokenizer], dict]  # -> what decides the results, besides model and dtype
     plan: Callable[[Tokenizer], dict[str, dict[str, Work]]]  # -> {part: {key: work}}
     batch_size: int  # of generation
+    shorter = "take a model with more"  # what to do about a generation beyond the model's positions
     item: Callable[[str, Work, dict[str, Any]], dict]  # (part, work, {key: scores or generation as it is}) -> what is kept
     aggregate: Callable[[Rows], dict]  # items -> scores
     checkpoints: dict[str, Checkpoint]  # by their aliases
@@ -222,7 +305,7 @@ class Benchmark:
             raise EvalError(f"--protocol {protocol}: is none of {self.name}'s, which are {', '.join(self.protocols)}")
         if options.rows is not None and options.rows < 1:
             raise EvalError(f"limit {options.rows}: leaves no rows; give at least 1, or none for all of them")
-        self.options, self.protocol = options, self.protocols[protocol]
+        self.options, self.protocol = dataclasses.replace(options, protocol=protocol), self.protocols[protocol]
         self.no_holdout = ""  # why there are no holdout rows, where they were asked for
         self.sets = self.load_sets()
 
@@ -233,16 +316,22 @@ class Benchmark:
     def rows(self, model: Llama, tokenizer: Tokenizer, label: str = "evaluate", journal: Path | None = None) -> Rows:
         """Per-item results {part: {key: item}}: texts are scored first, then prompts continued. With `journal`, an
         interrupted evaluation goes on from what that file holds, of this model and this evaluation. label: of the progress
-        bar. Raises as `plan`, and EvalError naming the example whose loss is not finite."""
-        if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
-            model = model.frozen_copy(norms=True)  # as it is saved; cast once, not in every step of generation
+        bar. Raises as `plan`, `check_length` and `halved`, and EvalError naming the example whose loss is not finite."""
+        model = evaluated(model)
         plan, journaled = self.plan(tokenizer), Journal(journal)
         done, work = journaled.done, [w for part in plan.values() for w in part.values()]
         texts, prompts = [text for w in work for text in w.texts.values()], [w.prompt for w in work if w.prompt]
+        for text in texts:
+            check_length(text.example.key, len(text.example.ids) - 1, model.config.max_position_embeddings)
+        for prompt in prompts:
+            positions, remedy = model.config.max_position_embeddings, self.shorter
+            check_length(prompt.key, len(prompt.ids), positions, prompt.limit, remedy=remedy)
+        gradients = [text for text in texts if self.options.gradnorm and text.measure is memorization]
         # A chat format may end its answers by another token than the model's config names.
         stop = {*model.config.eos_token_ids, tokenizer.eos_id}
         hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
-        with tqdm(total=len(texts) + len(prompts), initial=len(done), desc=label, unit="text", leave=False) as bar:
+        total = len(texts) + len(prompts) + len(gradients)
+        with tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False) as bar:
             for scores in score(model, [text for text in texts if text.key not in done], hidden_id):
                 journaled.add(scores)
                 bar.update(len(scores))
@@ -250,30 +339,52 @@ class Benchmark:
                 if not math.isfinite(loss := done[text.key]["loss"]):
                     why = f"its weights or --dtype {model.compute_dtype} overflow"
                     raise EvalError(f"{text.example.key}: the model's loss is {loss}; {why}")
-            prompts = sorted((prompt for prompt in prompts if prompt.key not in done), key=lambda prompt: prompt.order)
-            for _, group in itertools.groupby(prompts, key=lambda prompt: prompt.order[0]):
-                while batch := list(itertools.islice(group, self.batch_size)):
+            for text in (text for text in gradients if f"{text.key} gradient" not in done):
+                journaled.add({f"{text.key} gradient": gradient_norm(model, text.example, hidden_id)})
+                bar.update()
+            prompts, size = [prompt for prompt in prompts if prompt.key not in done], self.batch_size
+            for _, group in itertools.groupby(sorted(prompts, key=lambda p: p.order), key=lambda p: p.order[0]):
+                left = list(group)
+                while batch := left[:size]:
                     longest = max(prompt.limit for prompt in batch)
-                    found = generate(model, [list(prompt.ids) for prompt in batch], longest, stop, hidden_id)
+                    try:
+                        found = generate(model, [list(prompt.ids) for prompt in batch], longest, stop, hidden_id)
+                    except (RuntimeError, MemoryError) as e:
+                        size = halved(len(batch), batch, batch[0].key, e)
+                        continue
                     journaled.add({p.key: tokenizer.decode_text(x[: p.limit]) for p, x in zip(batch, found, strict=True)})
                     bar.update(len(batch))
+                    left = left[len(batch) :]
         return {part: {key: self.item(part, w, done) for key, w in items.items()} for part, items in plan.items()}
 
     def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict[str, Any]:
         """{'protocol', 'scores', 'rows', 'path'} of a model, read from `folder/eval/NAME-HASH/log.json` or kept there. HASH
-        is of the protocol, so a result is reused only for the same evaluation. The folder must belong to one model: a run
-        folder. None: nothing is kept."""
-        protocol = self.record(tokenizer) | {"dtype": str(model.compute_dtype)}
+        is of the protocol, the model's weights and its tokenizer, so a result is reused only for the same evaluation of the
+        same model. Another process that is at it is waited for. None, or a folder that cannot be written: nothing is kept,
+        'path' is None. Raises EvalError for a damaged log or journal, and for links that lead out of the folder."""
+        model = evaluated(model)
+        protocol = self.record(tokenizer) | {"dtype": str(model.compute_dtype), "weights": digest_of(model)}
+        protocol |= {"tokenizer": files.digest(tokenizer.path)[:16]}
         key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
         path = folder / "eval" / f"{name}-{key}" / "log.json" if folder else None
-        if path and path.exists():
-            return files.read_json(path, EvalError, "remove it and evaluate again") | {"path": str(path)}
-        rows = self.rows(model, tokenizer, label, path and path.with_name("journal.jsonl"))
-        log = {"protocol": protocol, "scores": self.aggregate(rows), "rows": rows}
-        if path:
-            files.write_json(path, log)
-            path.with_name("journal.jsonl").unlink(missing_ok=True)
-        return log | {"path": str(path) if path else None}
+        if path and folder and not files.within(path, folder):
+            raise EvalError(f"{path}: leads out of {folder} by a link; remove it")
+        with contextlib.ExitStack() as held:
+            if path and not path.exists():
+                try:
+                    held.enter_context(files.lock(path.parent, EvalError, partial(waiting, path.parent)))
+                    files.sweep(path.parent)
+                except OSError as e:
+                    tqdm.write(f"not kept: {path.parent} cannot be written ({files.first_line(e)})", file=sys.stderr)
+                    path = None
+            if path and path.exists():  # by now
+                return logs.read_ours(path) | {"path": str(path)}
+            rows = self.rows(model, tokenizer, label, path and path.with_name("journal.jsonl"))
+            log = {"protocol": protocol, "scores": self.aggregate(rows), "rows": rows}
+            if path:
+                logs.write_log(path, log)
+                path.with_name("journal.jsonl").unlink(missing_ok=True)
+            return log | {"path": str(path) if path else None}
 
     def reference(self, alias: str | None, retain_logs: str | None, retrained: dict | None) -> tuple[dict | None, str]:
         """(what is known of a retrained model or None, where it is from or why there is none). Never a default in its place.
@@ -290,6 +401,9 @@ class Benchmark:
             return self.read_reference(path)[0], f"{PUBLISHED_LOGS}/{name}"
         except (DataError, EvalError) as e:
             return None, f"no retain reference: {e}"
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises EvalError where the options cannot apply to a model with this tokenizer."""
 
     def with_language(
         self, logs: dict[str, dict], load_retrained: Callable[[], Llama], tokenizer: Tokenizer
@@ -308,7 +422,19 @@ class Benchmark:
             lines.append(label.ljust(cls.label_width) + "".join(row))
         key, name = cls.compared
         has = any(summary[key] is not None for summary in summaries.values())
-        return "\n".join([*lines, f"{name} against {found}" if has else f"{name} is absent: {found}"])
+        lines.append(f"{name} against {found}" if has else f"{name} is absent: {found}")
+        if share := max((summary.get("unscorable", 0) for summary in summaries.values()), default=0):
+            lines.append(
+                f"ROUGE is 0 whatever is said for {share:.0%} of the rows: it reads the letters a to z and digits alone"
+            )
+        return "\n".join(lines)
+
+    @staticmethod
+    def unscorable(log: dict, key: str) -> dict[str, float]:
+        """{'unscorable': share of the rows with a ROUGE score whose reference, under this key, it cannot read}, or {}."""
+        texts = [v[key] for items in log.get("rows", {}).values() for v in items.values() if "generation" in v and key in v]
+        share = unscorable(texts) if texts else 0.0
+        return {"unscorable": share} if share else {}
 
     @classmethod
     def worst(cls, log: dict, n: int) -> str:

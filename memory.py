@@ -22,6 +22,7 @@ CONTEXT = 4  # tokens that the n-gram looks back, at most
 NEAREST = 32  # retain questions that are most like one
 COPY = -1  # the token in place of what an answer copies from its question
 COPIED = 0.9  # a token of the question explains itself
+CHUNK = 2**25  # logits held at a time, as in training
 FLOOR = 0.02  # nothing is less explained than that: at tau = 1.5 nats the reference must give a memory token 0.09 or more
 
 
@@ -133,8 +134,9 @@ class Explanation:
 @torch.no_grad()
 def answer_nll(model: Llama, example: Example) -> list[float]:
     """-log p of each answer token. The sequence is read alone, so that nothing depends on what shares a batch with it."""
-    batch = pack([example]).to(model.device)
-    return token_nll(model.lm_head(model.hidden_states(**batch.inputs)), batch.targets).tolist()
+    batch, chunk = pack([example]).to(model.device), max(1, CHUNK // model.config.vocab_size)
+    pieces = zip(*(x.split(chunk) for x in (model.hidden_states(**batch.inputs), batch.targets)), strict=True)
+    return [loss for hidden, targets in pieces for loss in token_nll(model.lm_head(hidden), targets).tolist()]
 
 
 def mark(model: Llama, forget: Sequence[Example], explained: Callable[[Example], list[float]], tau: float) -> list[Example]:

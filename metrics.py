@@ -26,6 +26,7 @@ UTILITY_PARTS = tuple(f"{s}_{n}" for s in ("retain", "ra", "wf") for n in ("prob
 FORGET_PARTS = ("forget_probability", "forget_rouge", "forget_truth_ratio")
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 MEMBERSHIP = ("mia_loss", "mia_min_k", "mia_min_k_plus_plus", "mia_zlib")
+MORE_MEMBERSHIP = ("mia_gradnorm", "mia_reference")  # where they are asked for, or the reference model is at hand
 OPEN_UNLEARNING_EPSILON = 1e-10  # that open-unlearning adds to the denominators of truth ratio and option probability
 
 MUSE_NEW_TOKENS = {"forget_verbmem": 128, "forget_knowmem": 32, "retain_knowmem": 32}  # the parts that generate
@@ -54,7 +55,7 @@ def mean(values: Iterable[float]) -> float:
 def truth_ratio(correct_loss: float, wrong_losses: list[float], kind: str = "geometric", epsilon: float = 0.0) -> float:
     """TR = mean wrong probability / (correct probability + epsilon); small = knows the answer. kind of mean: 'geometric',
     exp(-mean wrong loss), as the TOFU leaderboard, open-unlearning and the NPO code have it; 'arithmetic', the mean of
-    exp(-wrong loss), as the TOFU authors have it during training."""
+    exp(-wrong loss), as the TOFU authors have it in the scores, but not in the forget quality, of their training code."""
     if kind == "geometric":
         wrong_loss = mean(wrong_losses)
     else:
@@ -86,6 +87,12 @@ def rouge(reference: str, generation: str, stemmer: bool = True) -> dict[str, fl
 @lru_cache
 def _scorer(stemmer: bool):
     return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
+
+
+def unscorable(texts: Iterable[str]) -> float:
+    """Share of the references of which rouge-score keeps nothing, so that even they themselves have ROUGE 0: it knows the
+    letters a to z and digits."""
+    return mean(not re.search("[a-z0-9]", text.lower()) for text in texts)
 
 
 def forget_truth_ratio(ratios: list[float], epsilon: float = 0.0) -> float:
@@ -204,24 +211,25 @@ def language(answers: list[tuple[str, float | None]], true_losses: list[float]) 
 def aggregate(rows: Rows, epsilon: float = 0.0) -> dict[str, float]:
     """The nine parts of model utility, the three forget-set numbers and `model_utility`, from TOFU's per-item results; where
     the items have them, exact memorization, extraction strength and membership AUCs too. Of an item it reads loss,
-    wrong_losses, truth_ratio, rouge; `probability` where a log stores it."""
+    wrong_losses, truth_ratio, rouge; `probability` where a log stores it. What a row lacks, its set has no score of."""
     scores: dict[str, float] = {}
     for name in (n for n in SETS if n in rows):
         items, options, probabilities = rows[name].values(), name in ("ra", "wf"), []
         for v in items:
             computed = normalised_probability(v["loss"], v["wrong_losses"], epsilon) if options else probability(v["loss"])
             probabilities.append(v.get("probability", computed))
-        ratios = [v["truth_ratio"] for v in items]
-        ratio = forget_truth_ratio(ratios, epsilon) if name == "forget" else utility_truth_ratio(ratios)
         scores |= {f"{name}_probability": mean(probabilities), f"{name}_rouge": mean(v["rouge"] for v in items)}
-        scores[f"{name}_truth_ratio"] = ratio
+        if all("truth_ratio" in v for v in items):
+            ratios = [v["truth_ratio"] for v in items]
+            ratio = forget_truth_ratio(ratios, epsilon) if name == "forget" else utility_truth_ratio(ratios)
+            scores[f"{name}_truth_ratio"] = ratio
     if all(name in scores for name in UTILITY_PARTS):
         scores["model_utility"] = model_utility(scores)
     forget, holdout = (list(rows.get(name, {}).values()) for name in ("forget", "holdout"))
     for name in MEMORIZATION:
-        if forget and all(name in v for v in forget):
-            scores[name] = mean(v[name] for v in forget)
-    for name in MEMBERSHIP:
+        if found := [v[name] for v in forget if v.get(name) is not None]:  # open-unlearning has null for an empty answer
+            scores[name] = mean(found)
+    for name in (*MEMBERSHIP, *MORE_MEMBERSHIP):
         if forget and holdout and all(name in v for v in (*forget, *holdout)):
             scores[name] = membership_auc([v[name] for v in forget], [v[name] for v in holdout])
     return scores

@@ -63,9 +63,9 @@ def load_muse(corpus: str, config: str, split: str, data_dir: str | Path | None 
     if path.suffix == ".parquet":
         found = [row for _, row in parquet_rows(path, columns)]
     elif path.suffix == ".txt":
-        found = [files.read_text(path, DataError)]
+        found = [files.read_text(path, DataError, "download it again")]
     else:
-        found = files.read_json(path, DataError, kind=list)
+        found = files.read_json(path, DataError, "download it again", kind=list)
     rows = []
     for i, values in enumerate(found):
         values = {"text": values} if isinstance(values, str) and columns == ("text",) else values
@@ -265,7 +265,7 @@ class Muse(Benchmark):
         scores = metrics.aggregate_muse(log["rows"], reference["mia_min_k"] if reference else None)
         if log["path"]:
             logs.save_muse(log["path"], log["rows"], scores)
-        return scores, where
+        return scores | Muse.unscorable(log, "ground_truth"), where
 
     @staticmethod
     def samples(log: dict) -> dict[str, tuple[str, str, str]]:

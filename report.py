@@ -5,6 +5,7 @@ are escaped, what could hide or reorder text is spelt out, and the page's own po
 """
 
 import bisect
+import dataclasses
 import html
 import math
 import re
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 import files
 from data import Example, Row, Tokenizer, fingerprint, pack
 from dipo import LOSSES
-from inference import pick_device, pick_dtype
+from files import Field, UserError
+from inference import digest_of, pick_device, pick_dtype
+from logs import read_ours
 from metrics import EvalError
 from model import Llama, generate, load_pretrained
 from tofu import Tofu, evaluation_sets
@@ -30,9 +33,19 @@ STEPS = (0.001, 0.01, 0.1, 0.5, 0.9)  # probabilities between two colours
 COLOURS = (("#5e2205", "#fff"), ("#b8440a", "#fff"), ("#ee8420", "#111"), ("#f9ae42", "#111"), ("#fdd87e", "#111"),
            ("#fff8e1", "#111"))  # fmt: skip
 SETTINGS = "forget retain model retain_model forget_loss retain_loss beta lam lr schedule epochs batch_size seed".split()
-KINDS: dict[str, Any] = dict.fromkeys(("model", "forget", "prompt", "forget_loss", "retain_loss"), str)  # of settings
-KINDS |= dict.fromkeys(("seed", "max_new_tokens", "eval_rows"), int)
-KINDS |= dict.fromkeys(("tokenizer", "eval_retain", "retain_model", "data_dir"), str | None)
+CONFIG = dict.fromkeys(("model", "forget", "prompt", "forget_loss", "retain_loss"), Field(str))
+CONFIG |= {"seed": Field(int), "max_new_tokens": Field(int, 1, 1e6), "eval_rows": Field(int, 0)}
+CONFIG |= dict.fromkeys(("tokenizer", "eval_retain", "retain_model", "data_dir"), Field(str, null=True))
+NUMBERS = Field(dict, items=Field((float, dict), -1e30, 1e30, null=True, items=Field(float, -1e30, 1e30)))
+SUMMARY = {"hints": Field(list, items=Field(str)), "retain_reference": Field(str, required=False)}
+SUMMARY |= {name: dataclasses.replace(NUMBERS, required=False) for name in ("target", "unlearned", "retrained")}
+MEMORY = {
+    "tau": Field(float, -1e6, 1e6),
+    "share": Field(float, 0, 1),
+    "rows": Field(dict, items=Field(list, items=Field(int))),
+}
+LOG = {"protocol": Field(dict), "rows": Field(dict, items=Field(dict, items=Field(dict, fields={
+    "question": Field(str), "generation": Field(str, required=False)})))}  # fmt: skip
 
 
 @dataclass
@@ -67,34 +80,30 @@ def spread(rows: list[Row], n: int) -> list[Row]:
     return [rows[a + i % (b - a)] for i, (a, b) in enumerate(zip(borders, borders[1:], strict=False)) if a < b]
 
 
-def mark_memory(path: Path, shown: list[Shown]) -> str:
+def fill_memory(path: Path, shown: list[Shown]) -> str:
     """Fill in the rows' memory positions from a run's memory.json, if it has one, and return what is to be said of them.
     Raises EvalError for a file that does not fit the rows."""
     if not path.exists():
         return "This run selects no memory positions: to its losses all tokens of an answer are alike."
-    record = files.read_json(path, EvalError, "train again")
-    try:
-        for row in shown:
-            row.memory = record["rows"][row.row.key]
-            if any(type(i) is not int or not 0 <= i < row.example.answer_length for i in row.memory):
-                raise ValueError(f"{row.row.key} has no such positions")
-        return f"Memory positions are {record['share']:.0%} of the forget answers' tokens, tau {record['tau']:g} nats."
-    except (KeyError, TypeError, ValueError) as e:
-        raise EvalError(f"{path}: does not fit the forget set ({files.first_line(e)}); train again") from None
+    record = files.read_json(path, EvalError, "train again", fields=MEMORY)
+    for row in shown:
+        row.memory = record["rows"].get(row.row.key, (-1,))
+        if not all(0 <= i < row.example.answer_length for i in row.memory):
+            raise EvalError(f"{path}: does not fit the forget set ({row.row.key} has no such positions); train again")
+    return f"Memory positions are {record['share']:.0%} of the forget answers' tokens, tau {record['tau']:g} nats."
 
 
-def kept_generations(folder: Path, name: str, format_name: str, limit: int) -> dict[str, str]:
-    """{question: generation} of the evaluations `folder/eval/NAME-*` that asked in this format for as many tokens."""
+def kept_generations(folder: Path, name: str, format_name: str, limit: int, weights: str) -> dict[str, str]:
+    """{question: generation} of the evaluations `folder/eval/NAME-*` that asked in this format for as many tokens, and asked
+    the model with these `digest_of` its weights."""
     asked = {"prompt_format": format_name, "max_new_tokens": limit, "max_total_tokens": None, "mask_quirk": False}
+    asked["weights"] = weights
     found: dict[str, str] = {}
     for path in sorted((folder / "eval").glob(f"{name}-*/log.json")):
-        log = files.read_json(path, EvalError, "remove it")
-        try:
-            if asked.items() <= {key: log["protocol"].get(key) for key in asked}.items():
-                items = [item for part in ("forget", "retain") for item in log["rows"][part].values()]
-                found |= {item["question"]: item["generation"] for item in items}
-        except (KeyError, TypeError, AttributeError) as e:
-            raise EvalError(f"{path}: is no evaluation log ({files.first_line(e)}); remove it") from None
+        log = read_ours(path, files.read_json(path, EvalError, "remove it", fields=LOG))
+        if all(key in log["protocol"] and log["protocol"][key] == value for key, value in asked.items()):
+            items = [item for part in ("forget", "retain") for item in log["rows"].get(part, {}).values()]
+            found |= {item["question"]: item["generation"] for item in items if "generation" in item}
     return found
 
 
@@ -187,7 +196,7 @@ def trajectory_html(path: Path, summary: dict) -> str:
                     raise ValueError(f"{key} or epoch is out of its range or order")
                 levels = {name: float(summary[name][key]) for name in ("target", "retrained") if name in summary}
                 charts.append(chart(title, values, levels, key == "forget_quality"))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, UserError) as e:
         raise EvalError(f"{path}: is no trajectory of this run ({files.first_line(e)}); remove it") from None
     legend = 'Over epochs. Dashed: <b class="target">target</b>, <b class="retrained">retrained</b>.'
     return f'<h2>Trajectory</h2>{"".join(charts)}<p class="note">{legend}</p>' if charts else ""
@@ -267,11 +276,12 @@ def read_run(run: Path, benchmark_of: Callable[[str], type]) -> tuple[dict, dict
     config = record.get("config")
     if not isinstance(config, dict) or config.get("finetune"):
         raise EvalError(f"{path}: is of no unlearning run; a report shows what one has forgotten")
-    if wrong := [key for key, kind in KINDS.items() if key not in config or not isinstance(config[key], kind)]:
-        raise EvalError(f"{path}: key '{wrong[0]}' is missing or of another type; train again")
+    if wrong := files.fault(config, Field(dict, fields=CONFIG)):
+        raise EvalError(f"{path}: {wrong}; train again")
     if not issubclass(benchmark_of(config["forget"]), Tofu):
         raise EvalError(f"{run}: forgets {config['forget']}, no questions; a report needs a tofu_... or toy_... run")
-    summary = files.read_json(run / "summary.json", EvalError, f"finish the run: python train.py --resume --out {run}")
+    remedy = f"finish the run: python train.py --resume --out {run}"
+    summary = files.read_json(run / "summary.json", EvalError, remedy, fields=SUMMARY)
     if not {"target", "unlearned"} <= summary.keys():
         raise EvalError(f"{run / 'summary.json'}: holds no evaluation; train without --no-eval")
     return record, summary
@@ -285,7 +295,7 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
     try:
         scores = {name: Tofu.cells(summary[name]) for name in ("target", "unlearned", "retrained") if name in summary}
         hints, known = [*map(str, summary["hints"])], record["data"]["forget"]["fingerprint"]
-    except (KeyError, TypeError, ValueError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise EvalError(f"{run / 'summary.json'}: is no summary of this run ({files.first_line(e)}); train again") from None
     trajectory = trajectory_html(run / "trajectory.jsonl", summary)
     device = pick_device(args.device)
@@ -311,14 +321,14 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
         ]
         for role, rows in sets.items()
     }
-    memory = mark_memory(run / "memory.json", shown["forget"])
+    memory = fill_memory(run / "memory.json", shown["forget"])
     everything, limit = [*shown["forget"], *shown["retain"]], config["max_new_tokens"]
     for name, source in sources.items():
         own = run if name == "unlearned" else source.run
-        kept = kept_generations(own or run, "final" if own else name, tokenizer.format_name, limit)
+        model = load_pretrained(source.folder, device=device, compute_dtype=dtype)
+        kept = kept_generations(own or run, "final" if own else name, tokenizer.format_name, limit, digest_of(model))
         for row in everything:
             row.generations |= {name: kept[row.row.question]} if row.row.question in kept else {}
-        model = load_pretrained(source.folder, device=device, compute_dtype=dtype)
         ask(model, name, everything, tokenizer, limit)
         del model  # before the next one is loaded
 
@@ -327,8 +337,5 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
     settings = {name: config[name] for name in names if config.get(name) is not None}
     against = summary.get("retain_reference", "absent")
     text = page(run.resolve().name, settings, config, hints, scores, against, trajectory, memory, shown)
-    try:
-        (path := run / "report.html").write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise EvalError(f"{path}: could not be written ({files.first_line(e)}); free some space") from None
+    files.write_text(path := run / "report.html", text)
     return path

@@ -1,6 +1,7 @@
 """TOFU (Maini et al. 2024, arXiv 2401.06121): its data, with the toy world and files of one's own, and its evaluation."""
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import metrics
 import toy
 from data import DataError, Example, Row, Tokenizer, cut, fingerprint, own_path, parse_rows, read_lines, split_spec
 from inference import Benchmark, Checkpoint, Prompt, Text, Work, find_file, mean_loss, memorization, score, token_losses
-from metrics import FORGET_PARTS, MEMBERSHIP, MEMORIZATION, UTILITY_PARTS, EvalError, Rows
+from metrics import FORGET_PARTS, MEMBERSHIP, MEMORIZATION, MORE_MEMBERSHIP, UTILITY_PARTS, EvalError, Rows
 from model import Llama
 
 TOFU_RETAIN = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
@@ -163,6 +164,7 @@ class Tofu(Benchmark):
     """TOFU's evaluation of one forget set. Of a holdout row only the answer is scored."""
 
     name, protocols, checkpoints, batch_size, plots, label_width = "TOFU", PROTOCOLS, CHECKPOINTS, 64, True, 24
+    shorter = "lower --max-new-tokens"
     retain_flags, compared = "--retain-logs FILE or --retain-model PATH", ("forget_quality", "forget quality")
     load = staticmethod(load_rows)
     complement = staticmethod(complement)
@@ -175,7 +177,10 @@ class Tofu(Benchmark):
         if options.forget is None:
             return {}
         load = partial(load_rows, data_dir=options.data_dir, seed=options.seed)
-        sets = {name: load(spec)[:first] for name, spec in evaluation_sets(options.forget, options.eval_retain).items()}
+        specs = {"forget": options.forget} | ({"retain": options.eval_retain} if options.eval_retain else {})
+        if not options.own or benchmark_parts(options.forget)[0][0].startswith(("tofu_", "toy_")):
+            specs = evaluation_sets(options.forget, options.eval_retain)
+        sets = {name: load(spec)[:first] for name, spec in specs.items()}
         if options.holdout:
             try:
                 sets["holdout"] = load(holdout_set(options.forget))[:first]
@@ -183,19 +188,31 @@ class Tofu(Benchmark):
                 self.no_holdout = str(e)
         return sets
 
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises EvalError for --mask-quirk where it changes nothing: a prompt without EOS, or padding by another token."""
+        padding = tokenizer.config.get("pad_token")
+        padding = padding.get("content") if isinstance(padding, dict) else padding
+        if self.options.mask_quirk and tokenizer.format.end not in tokenizer.format.prompt:
+            why = f"hides the EOS in a prompt, and the {tokenizer.format_name} format has none there"
+            raise EvalError(f"--mask-quirk: {why}; drop the flag")
+        if self.options.mask_quirk and padding not in (None, tokenizer.format.end):
+            why = f"hides what pads, and that is {padding!r} here, not the {tokenizer.format.end} of the prompt"
+            raise EvalError(f"--mask-quirk: {why}; drop the flag")
+
     def record(self, tokenizer: Tokenizer) -> dict:
-        """Raises EvalError for --mask-quirk with any prompt format but llama3."""
+        """Raises as `check`."""
+        self.check(tokenizer)
         options, format_name = self.options, tokenizer.format_name
-        if options.mask_quirk and format_name != "llama3":
-            raise EvalError(f"--mask-quirk: is of the llama3 prompt format, this one is {format_name}; drop the flag")
         tokens = {name: fingerprint([e.ids for e in tokenizer.encode_rows(rows)]) for name, rows in self.sets.items()}
         sets = {name: known | {"prompt_tokens": tokens[name]} for name, known in self.data().items()}
         record = {"name": options.protocol, "sets": sets, "prompt_format": format_name, "date": tokenizer.date}
         record |= {"mask_quirk": options.mask_quirk, "truth_ratio": options.truth_ratio, "epsilon": self.protocol.epsilon}
+        record |= {"gradnorm": options.gradnorm}
         return record | {"max_new_tokens": options.max_new_tokens, "max_total_tokens": self.protocol.max_total_tokens}
 
     def plan(self, tokenizer: Tokenizer) -> dict[str, dict[str, Work]]:
-        """Raises DataError for a row twice or without perturbed answers, EvalError for a prompt beyond the protocol."""
+        """Raises DataError for a row twice or, unless it may be one's own, without perturbed answers, EvalError for a prompt
+        beyond the protocol."""
 
         def text(name: str, row: Row, kind: str, answer: str) -> Text:
             example = cut_to_total(tokenizer.encode(row.question, answer, row.key), self.protocol.max_total_tokens)
@@ -213,29 +230,32 @@ class Tofu(Benchmark):
                     raise DataError(f"{row.key}: occurs twice in the {name} set; evaluate on each row once")
                 texts, prompt = {"answer": answer}, None
                 if name != "holdout":
-                    if not row.perturbed_answers:
+                    if not row.perturbed_answers and not self.options.own:
                         raise DataError(f"{row.key}: has no 'perturbed_answer'; evaluate on a *_perturbed set")
                     others = {f"wrong {j}": other for j, other in enumerate(row.perturbed_answers)}
                     others = {"correct": row.paraphrased_answer} | others if row.paraphrased_answer else others
                     texts |= {kind: text(name, row, kind, other) for kind, other in others.items()}
-                    decoded, order = tokenizer.decode(list(ids)), (0, limit, len(ids))
+                    decoded, order = tokenizer.decode_text(list(ids)), (0, limit, len(ids))
                     prompt = Prompt(f"{name} {row.key}", ids, decoded, limit, order)
                 plan[name][row.key] = Work({"question": row.question, "answer": row.answer}, texts, prompt)
         return plan
 
     def item(self, part: str, work: Work, done: dict[str, Any]) -> dict:
-        """question, answer, loss (of `answer`); of forget and holdout rows MEMORIZATION and MEMBERSHIP; of all but holdout
-        rows correct_loss (of the paraphrase where there is one, else of `answer`), wrong_losses, truth_ratio, prompt (as
-        decoded), generation (greedy), rouge, rouge_f1, rouge1 (see `metrics.rouge`)."""
+        """question, answer, loss (of `answer`); of forget and holdout rows MEMORIZATION, MEMBERSHIP and, where it is asked
+        for, mia_gradnorm; of all but holdout rows correct_loss (of the paraphrase where there is one, else of `answer`),
+        wrong_losses and truth_ratio (where there are wrong answers), prompt (as decoded), generation (greedy), rouge,
+        rouge_f1, rouge1 (see `metrics.rouge`)."""
         scores = {kind: done[text.key] for kind, text in work.texts.items()}
         item: dict = work.row | scores["answer"]
         if part in DETAILED:
             item |= {"mia_loss": item["loss"], "mia_zlib": metrics.zlib_score(item["loss"], item["answer"])}
+            if (norm := done.get(f"{work.texts['answer'].key} gradient")) is not None:
+                item["mia_gradnorm"] = norm
         if work.prompt:
             item["correct_loss"] = scores.get("correct", scores["answer"])["loss"]
-            item["wrong_losses"] = [found["loss"] for kind, found in scores.items() if kind.startswith("wrong")]
-            losses = item["correct_loss"], item["wrong_losses"]
-            item["truth_ratio"] = metrics.truth_ratio(*losses, self.options.truth_ratio, self.protocol.epsilon)
+            if wrong := [found["loss"] for kind, found in scores.items() if kind.startswith("wrong")]:
+                ratio = metrics.truth_ratio(item["correct_loss"], wrong, self.options.truth_ratio, self.protocol.epsilon)
+                item |= {"wrong_losses": wrong, "truth_ratio": ratio}
             item |= {"prompt": work.prompt.text, "generation": done[work.prompt.key].strip()}
             item |= metrics.rouge(item["answer"], item["generation"])
         return item
@@ -247,11 +267,15 @@ class Tofu(Benchmark):
         self, logs: dict[str, dict], load_retrained: Callable[[], Llama], tokenizer: Tokenizer
     ) -> dict[str, dict]:
         """Each log with the score `language` and in each forget row the `language_loss` of its generation, None where that
-        has no tokens (see `metrics`). Only in memory: a kept log holds what its own model decides."""
+        has no tokens (see `metrics`); with holdout rows, open-unlearning's `mia_reference` too, the loss minus the retrained
+        model's. Only in memory: a kept log holds what its own model decides. An answer is cut where the judge's positions
+        end."""
+        judge = load_retrained()
+        limit = min(judge.config.max_position_embeddings + 1, self.protocol.max_total_tokens or math.inf)
 
         def example(item: dict, text: str) -> Example | None:
             try:
-                return cut_to_total(tokenizer.encode(item["question"], text), self.protocol.max_total_tokens)
+                return cut_to_total(tokenizer.encode(item["question"], text), int(limit))
             except DataError:  # it has no tokens
                 return None
 
@@ -262,7 +286,7 @@ class Tofu(Benchmark):
         different = dict.fromkeys(e for e in itertools.chain(true, *(x.values() for x in said.values())) if e)
         texts = {e: Text(str(i), e, token_losses) for i, e in enumerate(different)}
         hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
-        found = {k: v for scores in score(load_retrained(), [*texts.values()], hidden_id) for k, v in scores.items()}
+        found = {k: v for scores in score(judge, [*texts.values()], hidden_id) for k, v in scores.items()}
         loss_of = dict[Example | None, float]()
         for e, text in texts.items():
             loss_of[e] = metrics.language_loss(found[text.key]["losses"], e.ids, e.prompt_length)
@@ -270,11 +294,16 @@ class Tofu(Benchmark):
         for name, log in logs.items():
             items = {k: item | {"language_loss": loss_of.get(said[name][k])} for k, item in rows[name].items()}
             share = metrics.language([(v["generation"], v["language_loss"]) for v in items.values()], true_losses)
-            judged[name] = log | {"scores": log["scores"] | {"language": share}, "rows": log["rows"] | {"forget": items}}
+            parts = log["rows"] | {"forget": items}
+            for part in (part for part in DETAILED if "holdout" in parts):
+                known = logs["retrained"]["rows"][part]
+                parts[part] = {k: v | {"mia_reference": v["loss"] - known[k]["loss"]} for k, v in parts[part].items()}
+            auc = {k: v for k, v in self.aggregate(parts).items() if k == "mia_reference"}
+            judged[name] = log | {"scores": log["scores"] | {"language": share} | auc, "rows": parts}
         return judged
 
     def read_reference(self, path: str | Path) -> tuple[dict, str]:
-        return logs.read_log(path, self.options.truth_ratio), str(path)
+        return logs.read_log(path), str(path)
 
     def summary(self, log: dict, reference: dict | None, where: str) -> tuple[dict, str]:
         """Writes open-unlearning's files too. Raises EvalError where log and reference cannot be compared."""
@@ -285,9 +314,12 @@ class Tofu(Benchmark):
         if log.get("path") and log.get("protocol"):
             logs.save_open_unlearning(log["path"], "TOFU", logs.open_unlearning_eval(log, quality, retained))
         result: dict = {"forget_quality": quality, "forget_quality_log10": metrics.log10(quality)}
-        result |= {"model_utility": scores["model_utility"], "parts": {k: scores[k] for k in UTILITY_PARTS}}
-        others = ("language", *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, "privleak")
-        return result | {k: scores[k] for k in others if k in scores}, where
+        result |= {
+            "model_utility": scores.get("model_utility"),
+            "parts": {k: scores[k] for k in UTILITY_PARTS if k in scores},
+        }
+        others = ("language", *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP, *MORE_MEMBERSHIP, "privleak")
+        return result | {k: scores[k] for k in others if k in scores} | self.unscorable(log, "answer"), where
 
     @staticmethod
     def samples(log: dict) -> dict[str, tuple[str, str, str]]:
@@ -303,10 +335,11 @@ class Tofu(Benchmark):
     @staticmethod
     def shown(item: dict) -> tuple[tuple[float, float], str, dict[str, str]]:
         rouge, probability = item["rouge"], metrics.probability(item["loss"])
-        scores = f"ROUGE-L recall {rouge:.3f}, probability {probability:.3f}, truth ratio {item['truth_ratio']:.3f}"
+        scores = f"ROUGE-L recall {rouge:.3f}, probability {probability:.3f}"
+        scores += f", truth ratio {item['truth_ratio']:.3f}" if "truth_ratio" in item else ""
         if item.get("language_loss") is not None:
             scores += f", language loss {item['language_loss']:.2f}"
-        texts = {"question": item["question"], "reference": item["answer"], "generation": item["generation"]}
+        texts = {"question": item.get("question", ""), "reference": item.get("answer", ""), "generation": item["generation"]}
         return (rouge, -item["loss"]), scores, texts  # by ROUGE, then probability
 
     @classmethod
@@ -325,6 +358,6 @@ class Tofu(Benchmark):
     def cells(summary: dict) -> dict[str, str]:
         scores, quality = summary | summary["parts"], summary["forget_quality"]
         names = ("forget_quality", "model_utility", "language", *UTILITY_PARTS, *FORGET_PARTS, *MEMORIZATION, *MEMBERSHIP)
-        names += ("privleak",)
+        names += (*MORE_MEMBERSHIP, "privleak")
         cells = {name: "-" if scores[name] is None else f"{scores[name]:.4f}" for name in names if name in scores}
         return cells | ({"forget_quality": f"{quality:.2e}"} if quality is not None and quality < 0.01 else {})

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import math
 import multiprocessing
 import os
@@ -330,11 +331,13 @@ def trained_wording(out: Path) -> dict[str, float]:
     is lower, memory remains in the wording. Of the models whose evaluation is kept in their run folder."""
     config = read_json(out / "config.json")["config"]
     folders = {"target": config["model"], "unlearned": out, "retrained": config["retain_model"]}
-    ratios = {}
-    for kept in out.glob("eval/final-*/log.json"):
-        for model, folder in folders.items():
-            path = Path(folder or "", "eval", kept.parent.name, "log.json")
-            if path.exists() and "forget" in (log := read_json(path))["rows"]:
+    logs, ratios = {}, {}
+    for model, folder in folders.items():
+        paths = sorted(Path(folder or "", "eval").glob("final-*/log.json"), key=lambda path: path.stat().st_mtime)
+        logs[model] = [log for log in map(read_json, paths) if "forget" in log["rows"]]
+    for kept, (model, found) in itertools.product(logs["unlearned"], logs.items()):
+        for log in found:
+            if log["protocol"] | {"weights": ""} == kept["protocol"] | {"weights": ""}:  # the same was asked
                 items, epsilon = log["rows"]["forget"].values(), log["protocol"]["epsilon"]
                 ratios[model] = [truth_ratio(item["loss"], item["wrong_losses"], epsilon=epsilon) for item in items]
     return {m: forget_quality(found, ratios["retrained"]) for m, found in ratios.items() if "retrained" in ratios}

@@ -82,7 +82,7 @@ def open_unlearning_log(ratios: list[float]) -> dict:
 
 def authors_log(ratios: list[float], lists: bool) -> dict:
     """TR = exp(right - mean wrong), with the five wrong losses spread around their mean."""
-    right, wrong = [3.0 + math.log(r) for r in ratios], [[2.0, 2.5, 3.0, 3.5, 4.0]] * len(ratios)
+    right, wrong = [23.0 + math.log(r) for r in ratios], [[22.0, 22.5, 23.0, 23.5, 24.0]] * len(ratios)
     columns = {"avg_paraphrased_loss": right, "average_perturb_loss": wrong}
     if not lists:
         columns = {name: {str(i): v for i, v in enumerate(values)} for name, values in columns.items()}

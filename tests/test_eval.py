@@ -1,5 +1,6 @@
 """eval.py, tofu.py, inference.py: running a model against transformers; logs kept and used again; the command line."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,6 +34,7 @@ pytest.importorskip("rouge_score")
 
 import data
 import eval
+import files
 import hints
 import inference
 import logs
@@ -42,7 +44,8 @@ import toy
 import train
 from data import DataError, Example
 from inference import Options, Text
-from model import Llama, ModelError, save_pretrained
+from metrics import EvalError
+from model import Llama, ModelError, load_pretrained, save_pretrained
 
 # ------------------------------------------------------------------------------------------------------- scoring a log
 
@@ -97,6 +100,13 @@ def test_the_arithmetic_truth_ratio_lowers_the_utility_of_the_authors_log_as_pub
     assert scored(capsys, "--logs", log, "--truth-ratio", "arithmetic")["model_utility"] == pytest.approx(0.5859, abs=5e-5)
 
 
+def test_the_forget_quality_is_geometric_whatever_the_scores_are_of(capsys):
+    """As in the TOFU authors' training code, which has the arithmetic mean in the scores."""
+    full, retain = (published(f"llama2-7b_{name}") for name in ("full", "retain90"))
+    found = scored(capsys, "--logs", full, "--retain-logs", retain, "--truth-ratio", "arithmetic")
+    assert found["forget_quality"] == pytest.approx(1.834066e-21, rel=5e-7)
+
+
 def test_without_a_retain_reference_a_log_has_no_forget_quality(capsys):
     found = scored(capsys, "--logs", published("llama2-7b_full"))
     assert found["forget_quality"] is None and found["forget_quality_log10"] is None
@@ -119,11 +129,14 @@ def changed(log: dict, *keys, value) -> dict:
 @pytest.mark.parametrize(
     "log, told",
     [
-        (changed(whole_authors_log(), "eval_log.json", "avg_gt_loss", "1", value=math.nan), "retain, row 1: loss is nan"),
-        (changed(whole_authors_log(), "eval_log.json", "rougeL_recall", "2", value=None), "retain, row 2: rouge is None"),
+        (changed(whole_authors_log(), "eval_log.json", "avg_gt_loss", "1", value=math.nan), "NaN is no number of JSON"),
         (
-            changed(whole_authors_log(), "eval_log_forget.json", "average_perturb_loss", "1", value=[1.0, math.inf]),
-            "forget, row 1: ",
+            changed(whole_authors_log(), "eval_log.json", "rougeL_recall", "2", value=None),
+            "key 'retain.2.rouge' is null, expected a number from 0 to 1",
+        ),
+        (
+            changed(whole_authors_log(), "eval_log_forget.json", "average_perturb_loss", "1", value=[1.0, "2"]),
+            "key 'forget.1.wrong_losses.1' is \"2\"",
         ),
         (
             changed(whole_authors_log(), "eval_real_author_wo_options.json", "average_perturb_loss", "1", value=[1.0]),
@@ -304,7 +317,7 @@ def test_rows_without_perturbed_answers_and_rows_that_occur_twice_are_named(tiny
 
 def evaluated(tiny: Tiny, sets: dict, folder: Path | None, max_new_tokens: int, **other) -> dict:
     """The log of an evaluation on these sets. other: a model, a tokenizer."""
-    benchmark = tofu.Tofu(Options(None, max_new_tokens=max_new_tokens))
+    benchmark = tofu.Tofu(Options(None, max_new_tokens=max_new_tokens, gradnorm=other.get("gradnorm", False)))
     benchmark.sets = sets
     return benchmark.evaluate(other.get("model", tiny.model), other.get("tokenizer", tiny.tokenizer), folder, "final", "")
 
@@ -322,8 +335,9 @@ def test_a_result_is_reused_for_the_same_protocol_only(tiny, sets, tmp_path, eva
         return evaluated(tiny, sets, tmp_path, max_new_tokens, **other)
 
     first = run()
-    assert len(evaluations) == 1 and run() == json.loads(Path(first["path"]).read_text()) | {"path": first["path"]}
-    assert len(evaluations) == 1 and first == run()
+    assert len(evaluations) == 1 and run() == first
+    kept = json.loads(Path(first["path"]).read_text())
+    assert len(evaluations) == 1 and first == {k: kept[k] for k in ("protocol", "scores", "rows")} | {"path": first["path"]}
 
     bfloat16 = Llama(tiny.model.config, compute_dtype=torch.bfloat16).init_weights(0)
     [row, *others] = sets["forget"]
@@ -346,6 +360,141 @@ def test_a_result_without_a_run_folder_is_not_kept(tiny, sets, evaluations):
         log = evaluated(tiny, sets, None, 2)
     assert log["path"] is None and len(evaluations) == 2
     assert set(log) == {"protocol", "scores", "rows", "path"} and "forget_truth_ratio" in log["scores"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_the_place_of_another_is_evaluated_anew_and_the_same_one_is_not(tiny, sets, tmp_path, evaluations, dtype):
+    def run(model):
+        return evaluated(tiny, sets, tmp_path, 3, model=model)
+
+    trained = Llama(tiny.model.config, compute_dtype=dtype).init_weights(0)
+    first = run(trained)
+    folder = save_pretrained(trained, tmp_path / "model", tokenizer_from=tiny.tokenizer.folder)
+    assert run(load_pretrained(folder, compute_dtype=dtype)) == first and len(evaluations) == 1
+    other = load_pretrained(folder, compute_dtype=dtype)
+    with torch.no_grad():
+        other.lm_head.weight[7, 3] *= 1.5
+    assert run(other)["path"] != first["path"] and len(evaluations) == 2
+    slower = load_pretrained(folder, compute_dtype=dtype)
+    slower.config = dataclasses.replace(slower.config, rms_norm_eps=1e-2)
+    assert run(slower)["path"] not in (first["path"], run(other)["path"]) and len(evaluations) == 3
+
+
+@given(st.data())
+def test_a_damaged_log_or_journal_is_never_taken_for_what_was_written(results, tmp_path_factory, draw):
+    folder = tmp_path_factory.getbasetemp() / "damaged"
+    log = {"protocol": {"name": "x"}, "scores": {}, "rows": results}
+    logs.write_log(folder / "log.json", log)
+    (folder / "journal.jsonl").unlink(missing_ok=True)
+    journal = inference.Journal(folder / "journal.jsonl")
+    for name, items in results.items():
+        journal.add({f"{name} {key}": item for key, item in items.items()})
+    path, read = draw.draw(
+        st.sampled_from(
+            [
+                (folder / "log.json", logs.read_ours),
+                (folder / "journal.jsonl", lambda path: inference.Journal(path).done),
+            ]
+        )
+    )
+    whole = bytearray(path.read_bytes())
+    place, bit = draw.draw(st.integers(0, len(whole) - 1)), draw.draw(st.integers(0, 7))
+    whole[place] ^= 1 << bit
+    path.write_bytes(whole)
+    try:
+        found = read(path)
+        assert found == log or path.suffix == ".jsonl" and found.items() <= journal.done.items()
+    except EvalError as e:
+        assert str(path) in str(e) and "\n" not in str(e) and "remove it" in str(e)
+
+
+def test_what_lies_behind_a_link_is_not_written_to(tiny, sets, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    (run / "eval").symlink_to(elsewhere)
+    assert "by a link" in error_of(evaluated, tiny, sets, run, 2) and not list(elsewhere.iterdir())
+    (elsewhere / "file").write_text("kept\nthis")
+    (run / "journal.jsonl").symlink_to(elsewhere / "file")
+    assert "is a link" in error_of(inference.Journal, run / "journal.jsonl")
+    assert (elsewhere / "file").read_text() == "kept\nthis"
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_the_result_is_told(tiny, four_sets, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval").write_text("in its place")  # as root, permissions keep nobody out
+    log = evaluated(tiny, four_sets, tmp_path / "run", 2)
+    assert log["path"] is None and "model_utility" in log["scores"] and "not kept: " in capsys.readouterr().err
+    kept = evaluated(tiny, four_sets, tmp_path, 2)
+    for name in ("TOFU_EVAL.json", "TOFU_SUMMARY.json"):
+        (Path(kept["path"]).with_name(name) / "in its place").mkdir(parents=True)
+    assert tofu.Tofu(Options(None)).summary(kept, None, "")[0]["model_utility"] == log["scores"]["model_utility"]
+    assert "not kept: " in capsys.readouterr().err
+
+
+def test_the_second_of_two_evaluations_waits_and_uses_the_firsts_result(
+    tiny, sets, tmp_path, monkeypatch, capsys, evaluations
+):
+    first = evaluated(tiny, sets, tmp_path, 2)
+    path = Path(first["path"])
+    path.rename(tmp_path / "log.json")  # not there yet when the second one starts
+
+    @contextlib.contextmanager
+    def held(folder, error, wait):
+        wait(1234)
+        (tmp_path / "log.json").rename(path)
+        yield
+
+    monkeypatch.setattr(files, "lock", held)
+    assert evaluated(tiny, sets, tmp_path, 2) == first and len(evaluations) == 1
+    assert "process 1234" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])  # fmt: skip
+def test_batches_are_halved_where_the_memory_ends(tiny, sets, results, monkeypatch, error):
+    pack, generate, sizes = inference.pack, inference.generate, []
+
+    def packed(examples, *more):
+        if len(examples) > limit:
+            raise error
+        sizes.append(len(examples))
+        return pack(examples, *more)
+
+    def generated(model, prompts, *more):
+        if len(prompts) > limit:
+            raise error
+        sizes.append(len(prompts))
+        return generate(model, prompts, *more)
+
+    monkeypatch.setattr(inference, "pack", packed)
+    monkeypatch.setattr(inference, "generate", generated)
+    limit = 3
+    again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+    assert 1 < max(sizes) <= 3 and generations(again) == generations(results)
+    assert values(again) == pytest.approx(values(results), rel=1e-4)
+    limit = 0
+    message = error_of(tofu_rows, tiny.model, tiny.tokenizer, sets, 8)
+    assert "by itself" in message and "--max-new-tokens" in message and "--dtype" in message
+
+
+def test_another_error_is_not_taken_for_want_of_memory(tiny, sets, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(inference, "generate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 80))
+def test_a_model_reads_as_many_tokens_as_it_has_positions(tokens, more, positions):
+    """Of the generated tokens all but the last are read."""
+    if max(tokens, tokens + more - 1) <= positions:
+        inference.check_length("row", tokens, positions, more)
+    else:
+        message = error_of(inference.check_length, "row", tokens, positions, more)
+        assert f"{positions} positions" in message and (f"{more} new ones" in message) == (more > 0)
 
 
 def test_our_own_log_is_a_retain_reference(tiny, sets, tmp_path, results):
@@ -386,11 +535,11 @@ def test_what_we_write_in_open_unlearnings_schema_reads_back_to_the_same_numbers
 
 
 def test_our_open_unlearning_file_has_the_published_ones_keys(tiny, four_sets, tmp_path):
-    """All but mia_gradnorm and mia_reference, item for item."""
+    """All but mia_reference, which needs the retrained model itself, item for item."""
     theirs = json.loads(published("open-unlearning_Llama-3.2-1B_full_forget10").read_text())
-    log = evaluated(tiny, four_sets, tmp_path, 4)
+    log = evaluated(tiny, four_sets, tmp_path, 4, gradnorm=True)
     ours = logs.open_unlearning_eval(log, 0.25)
-    assert list(ours) == [key for key in theirs if key not in ("mia_gradnorm", "mia_reference")]
+    assert list(ours) == [key for key in theirs if key != "mia_reference"]
 
     def shape(value):
         if isinstance(value, dict) and "0" in value:
@@ -554,6 +703,34 @@ def test_the_true_answers_are_language_to_the_judge_whoever_gives_them(other, fo
     assert {log["scores"]["language"] for log in judged.values()} == {23 / 24}
 
 
+def test_the_reference_attack_is_the_loss_beyond_the_retrained_models(tiny, other, four_sets):
+    logs = {name: evaluated(one, four_sets, None, 2) for name, one in (("model", tiny), ("retrained", other))}
+    judged = tofu.Tofu(Options(None)).with_language(logs, lambda: other.model, other.tokenizer)
+    beyond = {part: [v["loss"] - logs["retrained"]["rows"][part][k]["loss"] for k, v in logs["model"]["rows"][part].items()]
+              for part in ("forget", "holdout")}  # fmt: skip
+    wins = [h > f for f in beyond["forget"] for h in beyond["holdout"]]
+    assert judged["model"]["scores"]["mia_reference"] == pytest.approx(statistics.fmean(wins))
+    assert judged["retrained"]["scores"]["mia_reference"] == 0.5 and "mia_reference" not in logs["model"]["scores"]
+    field = inference.logs.open_unlearning_eval(judged["model"], None)["mia_reference"]
+    assert [v["score"] for v in field["forget"]["value_by_index"].values()] == beyond["forget"]
+
+
+def test_an_answer_longer_than_the_judge_is_cut_at_its_positions(tiny, tmp_path):
+    judge = make_tiny(tmp_path, seed=1, positions=40)
+    rows = tofu_rows(judge.model, judge.tokenizer, {"forget": toy.toy_world(0)["forget10_perturbed"][:2]}, 2)
+    for item in rows["forget"].values():
+        item["generation"] = "The author was born in " * 20
+    seen, tokens = tofu.score, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tofu, "score", lambda m, texts, h: tokens.extend(len(t.example.ids) - 1 for t in texts) or seen(m, texts, h)
+        )
+        tofu.Tofu(Options(None)).with_language(
+            {"retrained": {"scores": {}, "rows": rows}}, lambda: judge.model, judge.tokenizer
+        )
+    assert max(tokens) == 40
+
+
 @pytest.mark.parametrize("quirk", [False, True])
 def test_the_judge_reads_prompts_as_the_evaluation_does(other, forget_rows, monkeypatch, quirk):
     rows, hidden, score = tofu_rows(other.model, other.tokenizer, {"forget": forget_rows[:2]}, 2), [], tofu.score
@@ -584,13 +761,13 @@ def test_the_summary_of_a_run_has_the_language_of_all_models(tiny, other, tmp_pa
     [shown] = [line.split()[1:] for line in table.splitlines() if line.startswith("language ")]
     assert [float(cell) for cell in shown] == pytest.approx([summary[n]["language"] for n in kept], abs=6e-5)
 
-    rows = tofu.Tofu.rows
-    for _ in range(2):  # the second time what the first one kept is read, and its language is told all the same
+    rows = tofu.Tofu.rows  # what the run has kept is read, and its language is told all the same
+    monkeypatch.setattr(tofu.Tofu, "rows", lambda *a: pytest.fail("evaluated again") if a[3] == "model" else rows(*a))
+    for _ in range(2):
         assert eval.main([*arguments, "--model", "run", "--retain-model", str(other.folder), "--out", "again.json"]) == 0
         again = json.loads(Path("again.json").read_text())
         assert again["model"]["language"] == summary["unlearned"]["language"]
         assert again["retrained"]["language"] == summary["retrained"]["language"]
-        monkeypatch.setattr(tofu.Tofu, "rows", lambda *a: pytest.fail("evaluated again") if a[3] == "model" else rows(*a))
 
 
 def test_a_run_is_told_of_degenerate_text_by_its_language_where_that_is_known(tmp_path):
@@ -722,6 +899,83 @@ def test_main_keeps_the_results_of_a_run_folder_and_reads_them_as_retain_logs(ti
     assert code == 0 and float(table_of(out)["forget_quality"][0]) <= 1 and not (tiny.folder / "eval").exists()
 
 
+def test_main_refuses_what_is_longer_than_the_model(tiny, capsys):
+    err = assert_refused(capsys, tiny.folder, "--max-new-tokens", "250")
+    assert "256 positions" in err and "250 new ones" in err and "--max-new-tokens" in err
+
+
+def test_own_rows_are_evaluated_as_far_as_they_go(tiny, other, capsys, tmp_path):
+    path = tmp_path / "own.jsonl"
+    own = [
+        {"question": f"Who is {i}?", "answer": answer}
+        for i, answer in enumerate(("Ann.", "\u041e\u043d\u0430.", "It is Bo."))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    forget = ("--forget", str(path))
+    code, out, err = run_main(capsys, tiny.folder, "--json", forget=forget)
+    found = json.loads(out)
+    assert code == 0 and found["forget_quality"] is None and found["model_utility"] is None and not err
+    assert {"forget_probability", "forget_rouge", "exact_memorization", "extraction_strength"} <= found.keys()
+    assert found["unscorable"] == pytest.approx(1 / 7) and [*found["parts"]] == ["retain_probability", "retain_rouge",
+                                                                                "retain_truth_ratio"]  # fmt: skip
+    code, out, _ = run_main(capsys, tiny.folder, "--retain-model", other.folder, "--show", "2", forget=forget)
+    assert code == 0 and "ROUGE is 0 whatever is said for 14% of the rows" in out
+    assert "forget quality is absent: no truth ratios" in out and re.search(r"^language +\d", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "arguments, flag",
+    [
+        (["--logs", "x", "--retain-model", "y"], "--retain-model"),
+        (["--logs", "x", "--protocol", "tofu"], "--protocol"),
+        (["--logs", "x", "--forget", "tofu_forget10"], "--forget"),
+        (["--plot", "x", "--json"], "--json"),
+        (["--report", "x", "--show", "3"], "--show"),
+        (["--model", "x", "--forget", "muse_news", "--max-new-tokens", "5"], "--max-new-tokens"),
+        (["--model", "x", "--forget", "muse_news", "--mask-quirk"], "--mask-quirk"),
+        (["--model", "x", "--forget", "tofu_forget10", "--no-stemmer"], "--no-stemmer"),
+        (["--model", "x", "--forget", "tofu_forget10", "--json", "--show", "3"], "--show"),
+        (["--logs", "x", "--out", "."], "--out"),
+        (["--logs", "x", "--out", __file__ + "/x.json"], "--out"),
+        (["--logs", "x", "--out", "a\0b"], "--out"),
+    ],
+)
+def test_a_flag_that_cannot_apply_is_refused_before_anything_is_read(capsys, arguments, flag):
+    assert eval.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {flag}") and err.count("\n") == 1
+
+
+def test_an_interrupted_evaluation_says_whether_it_goes_on(tiny, capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "generate", interrupted)
+    run = tmp_path / "run"
+    save_pretrained(tiny.model, run / "model", tokenizer_from=tiny.tokenizer.folder)
+    write_log(run / "config.json", {"config": {}})  # as train.py's
+    for model, told in ((run, "interrupted; the same command goes on from here"), (tiny.folder, "interrupted")):
+        code, _, err = run_main(capsys, model)
+        assert code == 130 and err.endswith(told) and "Traceback" not in err
+    [journal] = run.glob("eval/*/journal.jsonl")
+    assert inference.Journal(journal).done and not list(run.glob("eval/*/.lock"))
+
+
+def test_a_reader_that_has_gone_and_no_memory_for_the_model_are_no_tracebacks(tiny, capsys, monkeypatch):
+    def fail(error):
+        def raising(*arguments, **settings):
+            raise error
+
+        return raising
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_pretrained", fail(MemoryError()))
+        assert "out of memory" in assert_refused(capsys, tiny.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(eval, "load_pretrained", fail(BrokenPipeError()))
+        assert run_main(capsys, tiny.folder)[0] == 141
+
+
 def test_main_shows_the_worst_rows_of_each_set(tiny, capsys):
     code, out, _ = run_main(capsys, tiny.folder, "--show", "2")
     assert code == 0 and out.count("    question") == out.count("    reference") == out.count("    generation") == 8
@@ -760,6 +1014,26 @@ def test_main_plots_the_trajectory_of_a_run(tmp_path, capsys):
         assert eval.main(["--plot", str(folder)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: {folder}") and told in err and err.count("\n") == 1
+
+
+HOSTILE = [math.nan, math.inf, -1.0, 2.0, 10**400, "x", None, True, [], {}, "\ud800"]
+
+
+@given(st.sampled_from(["epoch", "forget_quality", "model_utility", "target", "retrained"]), st.sampled_from(HOSTILE))
+def test_a_hostile_trajectory_is_drawn_or_refused_in_one_line(tmp_path_factory, key, value):
+    pytest.importorskip("matplotlib")
+    run = tmp_path_factory.mktemp("$x^{plots") / "run$\\frac"
+    finished_run(run)
+    lines = (run / "trajectory.jsonl").read_text().splitlines()
+    name, text = ("summary.json", json.loads((run / "summary.json").read_text())), json.loads(lines[-1])
+    if key in name[1]:
+        write_log(run / "summary.json", name[1] | {key: value})
+    else:
+        (run / "trajectory.jsonl").write_text(lines[0] + "\n" + json.dumps(text | {key: value}) + "\n")
+    try:
+        assert eval.plot(run).read_bytes().startswith(b"\x89PNG")
+    except EvalError as e:
+        assert str(e).startswith(str(run)) and "\n" not in str(e)
 
 
 def test_main_prints_nothing_but_json_when_asked(tiny, other, capsys):

@@ -1,6 +1,11 @@
 """logs.py: every format that the field has, what is wrong in a log, comparing two, writing open-unlearning's."""
 
+import contextlib
+import functools
+import io
 import json
+import math
+import statistics
 
 import pytest
 from helpers import (
@@ -13,15 +18,17 @@ from helpers import (
     open_unlearning_log,
     our_log,
     published,
+    whole_authors_log,
     without,
     write_log,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("scipy")
 pytest.importorskip("rouge_score")
 
+import eval
 import logs
 import metrics
 import muse
@@ -168,9 +175,9 @@ PROTOCOL = {"name": "open-unlearning", "prompt_format": "llama3", "mask_quirk": 
             "sets": {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": "t"}}}  # fmt: skip
 
 
-def protocol_log(answers=("one", "two"), tokens="t", **changes) -> dict:
+def protocol_log(answers=("one", "two"), tokens="t", fingerprint="f", **changes) -> dict:
     rows = {str(i): {"truth_ratio": 0.5 + i / 10, "answer": a} for i, a in enumerate(answers)}
-    sets = {"forget": {"rows": 2, "fingerprint": "f", "prompt_tokens": tokens}}
+    sets = {"forget": {"rows": 2, "fingerprint": fingerprint, "prompt_tokens": tokens}}
     return {"rows": {"forget": rows}, "protocol": PROTOCOL | {"sets": sets} | changes}
 
 
@@ -186,7 +193,7 @@ def test_logs_that_were_evaluated_alike_are_compared():
         (protocol_log(name="tofu"), "name 'tofu'"),
         (protocol_log(prompt_format="plain"), "prompt format 'plain'"),
         (protocol_log(mask_quirk=True), "mask quirk True"),
-        (protocol_log(truth_ratio="arithmetic"), "truth ratio 'arithmetic'"),
+        (protocol_log(fingerprint="g"), "its forget set has other texts"),
         (protocol_log(tokens="u"), "other tokens"),
         (protocol_log(("one", "three")), "forget row 1 is another one ('three' instead of 'two')"),
     ],
@@ -198,7 +205,7 @@ def test_a_log_of_other_rows_or_another_protocol_is_refused_with_the_reason(othe
     error_of(logs.quality_of, other, protocol_log(), "the log")
 
 
-# ---------------------------------------------------------------------------------------------------------- writing logs
+# ------------------------------------------------------------------------------------- numbers that another program stores
 
 
 def completed(name: str, items: dict[str, dict]) -> dict[str, dict]:
@@ -208,13 +215,110 @@ def completed(name: str, items: dict[str, dict]) -> dict[str, dict]:
     texts = {"prompt": "p é", "question": "q", "answer": "a", "generation": "g", "rouge1": 0.5, "rouge_f1": 0.25}
     result = {}
     for key, item in items.items():
-        item = item | texts | {"wrong_losses": item["wrong_losses"][:least]}
+        wrong = item["wrong_losses"][:least]
+        item = item | texts | {"wrong_losses": wrong, "truth_ratio": metrics.truth_ratio(item["correct_loss"], wrong)}
         if name in ("ra", "wf"):
             item["correct_loss"] = item["loss"]  # these sets have no answer in other words
+            item["truth_ratio"] = metrics.truth_ratio(item["loss"], item["wrong_losses"])
         if name in ("forget", "holdout"):
-            item |= {n: item["loss"] / 7 + i for i, n in enumerate(names)}
+            item |= {n: item["loss"] / 70 + i / 10 for i, n in enumerate(names)}
         result[key] = item
     return result
+
+
+def whole_log(losses: list[tuple[float, float, list[float]]], ratio) -> dict:
+    """open-unlearning's log of four equal sets, with truth ratios of `ratio`(right probability, wrong one)."""
+    items = [{"loss": a, "correct_loss": b, "wrong_losses": c, "rouge": 0.5} for a, b, c in losses]
+    rows = {name: completed(name, {str(i): item for i, item in enumerate(items)}) for name in (*metrics.SETS, "holdout")}
+    epsilon = metrics.OPEN_UNLEARNING_EPSILON
+    for name in metrics.SETS:
+        for item in rows[name].values():
+            right, wrong = math.exp(-item["correct_loss"]), math.exp(-statistics.fmean(item["wrong_losses"]))
+            item["truth_ratio"] = ratio(right, wrong)
+    log = {"rows": rows, "scores": metrics.aggregate(rows, epsilon), "protocol": {"epsilon": epsilon}}
+    return logs.open_unlearning_eval(log, None)
+
+
+LOSS = st.floats(0.01, 8)
+MANY = st.lists(st.tuples(LOSS, LOSS, st.lists(LOSS, min_size=2, max_size=2)), min_size=3, max_size=8)
+
+
+@settings(max_examples=40)
+@given(MANY)
+def test_another_truth_ratio_by_the_same_name_is_told_by_its_losses(tmp_path_factory, losses):
+    """open-unlearning's `prob_mean`, right / (right + wrong): the same model is the same model in either."""
+    folder = tmp_path_factory.getbasetemp()
+    kinds = lambda right, wrong: wrong / (right + 1e-10), lambda right, wrong: right / (right + wrong + 1e-10)  # noqa: E731
+    ours, theirs = (logs.read_log(write_log(folder / "log.json", whole_log(losses, kind))) for kind in kinds)
+    for name in metrics.SETS:
+        pairs = zip(ours["rows"][name].values(), theirs["rows"][name].values(), strict=True)
+        assert all(a["truth_ratio"] == pytest.approx(b["truth_ratio"], rel=1e-3) for a, b in pairs)
+    assert logs.truth_ratios(ours) == pytest.approx(logs.truth_ratios(theirs), rel=1e-3)
+
+
+@settings(max_examples=50)
+@given(MANY, st.data(), st.sampled_from([0.5, 2.0, 1.01]))
+def test_a_stored_number_that_its_losses_do_not_give_is_refused(tmp_path_factory, losses, draw, factor):
+    log = whole_log(losses, lambda right, wrong: wrong / (right + 1e-10))
+    name = draw.draw(st.sampled_from(["forget_truth_ratio", "wf_Truth_Ratio", "forget_Q_A_Prob", "retain_Q_A_Prob"]))
+    row = draw.draw(st.sampled_from(list(log[name]["value_by_index"].values())))
+    key = "score" if "score" in row else "prob"
+    row[key] *= factor if key == "score" else factor**3
+    path = write_log(tmp_path_factory.getbasetemp() / "log.json", log)
+    message = error_of(logs.read_log, path)
+    assert str(path) in message and ("made of gives" in message or "expected a number" in message)
+
+
+@given(st.lists(st.integers(0, 9), min_size=3, max_size=9))
+def test_an_auc_that_its_scores_do_not_give_is_refused(tmp_path_factory, scores):
+    part = {"value_by_index": {str(i): {"score": x} for i, x in enumerate(scores)}}
+    other = {"value_by_index": {str(i): {"score": x + 1} for i, x in enumerate(scores)}}
+    auc = metrics.membership_auc(scores, [x + 1 for x in scores])
+    path = tmp_path_factory.getbasetemp() / "MUSE_EVAL.json"
+    metric = {"forget": part, "holdout": other, "agg_value": auc}
+    assert logs.read_muse_retain(write_log(path, {"mia_min_k": metric})) == {"mia_min_k": auc}
+    if abs(auc - 0.5) > 1e-3:
+        write_log(path, {"mia_min_k": metric | {"agg_value": 1 - auc}})  # of the MUSE authors' direction
+        assert "AUC of mia_min_k" in error_of(logs.read_muse_retain, path)
+
+
+def places(value, here=()) -> list[tuple]:
+    """Of everything in a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [here, *(place for key, x in inner for place in places(x, (*here, key)))]
+
+
+HOSTILE = st.sampled_from(
+    ["absent", None, True, "x", "1", "\ud800", -1, 10**400, 1e308, math.nan, math.inf, [], {}, [[]], {"0": 1}]
+)
+KINDS = {
+    "authors": whole_authors_log(),
+    "open-unlearning": whole_log([(1.0, 0.5, [1.0, 2.0]), (2.0, 1.5, [2.0, 3.0])], lambda a, b: b / (a + 1e-10)),
+    "ours": {"rows": {n: completed(n, {"a": {"loss": 1.0, "correct_loss": 1.0, "wrong_losses": [2.0], "rouge": 0.5}})
+                      for n in metrics.SETS}, "protocol": PROTOCOL | {"epsilon": 0.0}, "scores": {"mia_min_k": 0.5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150)
+@given(draw=st.data())
+def test_a_hostile_log_is_scored_or_refused_in_one_line(tmp_path_factory, kind, draw):
+    log = json.loads(json.dumps(KINDS[kind]))
+    for place in draw.draw(st.lists(st.sampled_from(places(log)[1:]), min_size=1, max_size=2)):
+        with contextlib.suppress(LookupError, TypeError):  # the first one may have taken the place of the second
+            around, value = functools.reduce(lambda value, key: value[key], place[:-1], log), draw.draw(HOSTILE)
+            around[place[-1]] = value
+            if value == "absent":
+                del around[place[-1]]
+    path = write_log(tmp_path_factory.getbasetemp() / "log.json", log)
+    flags = draw.draw(st.sampled_from([[], ["--retain-logs", str(path)], ["--show", "2"], ["--truth-ratio", "arithmetic"]]))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+        code = eval.main(["--logs", str(path), *flags])
+    err = told.getvalue()
+    assert (code, err) == (0, "") or code == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- writing logs
 
 
 @given(st.fixed_dictionaries({name: SET_ITEMS for name in (*metrics.SETS, "holdout")}), st.none() | st.floats(0.01, 0.99))
@@ -245,7 +349,9 @@ def muse_log(path=None) -> dict:
     return {"rows": rows, "path": path and str(path)}
 
 
-@pytest.mark.parametrize("auc, privleak, cell", [(None, {}, ""), (0.5, {"privleak": pytest.approx(0)}, None)])
+@pytest.mark.parametrize(
+    "auc, privleak, cell", [(None, {"privleak": pytest.approx(0)}, ""), (0.5, {"privleak": pytest.approx(0)}, None)]
+)
 def test_muses_files_stand_beside_our_log(tmp_path, auc, privleak, cell):
     path = tmp_path / "run" / "eval" / "final" / "log.json"
     path.parent.mkdir(parents=True)

@@ -298,3 +298,13 @@ def test_a_mark_makes_no_other_example(tiny, rows):
     marked = dataclasses.replace(plain, memory=(True,) * plain.answer_length)
     assert marked == plain and hash(marked) == hash(plain) and {plain: 1}[marked] == 1
     assert data.pack([marked]).memory.all() and data.pack([plain]).memory.all()
+
+
+def test_a_long_answer_has_its_logits_in_pieces(tmp_path, monkeypatch):
+    tiny = make_tiny(tmp_path)
+    example = Example("a/0", tuple(range(60)), 5)
+    whole = memory.answer_nll(tiny.model, example)
+    monkeypatch.setattr(memory, "CHUNK", 7 * tiny.model.config.vocab_size)
+    held, head = [], tiny.model.lm_head.forward
+    monkeypatch.setattr(tiny.model.lm_head, "forward", lambda x: held.append(len(x)) or head(x))
+    assert memory.answer_nll(tiny.model, example) == pytest.approx(whole, rel=1e-5) and held == [7] * 7 + [6]

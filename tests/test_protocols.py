@@ -389,12 +389,22 @@ def test_generations_with_a_hidden_token_equal_transformers_with_a_mask_that_lea
         assert found == [pair.continuations([p], hidden, max_new_tokens=5)[0] for p in prompts]
 
 
-@pytest.mark.parametrize("kind", ["llama2", "llama2-sentencepiece", "smollm2", "plain"])
-def test_the_mask_quirk_is_refused_for_every_other_prompt_format(pairs, kind, tmp_path):
+@pytest.mark.parametrize("kind", ["llama2", "llama2-sentencepiece", "plain"])
+def test_the_mask_quirk_is_refused_where_no_prompt_holds_the_eos(pairs, kind, tmp_path):
     pair, benchmark = pairs[kind], tofu.Tofu(Options(None, mask_quirk=True))
     message = error_of(benchmark.evaluate, pair.model, pair.tokenizer, tmp_path, "x", "")
     assert "--mask-quirk" in message and kind.removesuffix("-sentencepiece") in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>", {"content": "<|im_end|>"}, "<pad>", {"content": "<pad>"}])
+def test_the_mask_quirk_is_of_the_eos_that_pads(tmp_path, pad):
+    words = data.Tokenizer(write_tokenizer(tmp_path, "smollm2", pad_token=pad))
+    benchmark = tofu.Tofu(Options(None, mask_quirk=True))
+    if "<pad>" in str(pad):
+        assert "'<pad>'" in error_of(benchmark.check, words)
+    else:
+        benchmark.check(words)
 
 
 # -------------------------------------------------------------------------------------------------------- prompt formats
@@ -437,7 +447,9 @@ def tokens_of(pair: Pair, kind: str, question: str, answer: str) -> tuple[list[i
 
 
 @pytest.mark.parametrize(
-    "kind, quirk", [(kind, False) for kind in ("llama2", "llama2-sentencepiece", "llama3", "smollm2")] + [("llama3", True)]
+    "kind, quirk",
+    [(kind, False) for kind in ("llama2", "llama2-sentencepiece", "llama3", "smollm2")]
+    + [("llama3", True), ("smollm2", True)],
 )
 @pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
 def test_evaluation_equals_transformers_one_row_at_a_time_for_every_prompt_format(pairs, kind, quirk, mean):
@@ -465,6 +477,16 @@ def test_evaluation_equals_transformers_one_row_at_a_time_for_every_prompt_forma
             [generated] = pair.continuations([ids[:prompt_length]], quirk, max_new_tokens=6)
             assert item["generation"] == pair.text(generated)
     assert log["scores"]["wf_probability"] == pytest.approx(statistics.fmean(shares), rel=1e-4)
+
+
+def test_the_prompt_is_kept_as_the_model_reads_it(pairs):
+    """With the line ends behind it, as open-unlearning's `input` has them."""
+    pair = pairs["llama3"]
+    item = tofu_rows(pair.model, pair.tokenizer, {"forget": ROWS[:1]}, 1)["forget"]["f/0"]
+    ids, n = tokens_of(pair, "llama3", ROWS[0].question, ROWS[0].answer)
+    assert item["prompt"] == pair.words.decode(ids[:n], skip_special_tokens=True) and item["prompt"].endswith(
+        "assistant\n\n"
+    )
 
 
 def test_the_mask_quirk_changes_losses_and_generations(pairs):
@@ -634,6 +656,29 @@ def test_the_aggregate_holds_the_aucs_of_forget_against_holdout_and_the_forget_s
     assert without == {k: v for k, v in scores.items() if k not in metrics.MEMBERSHIP}
 
 
+@pytest.mark.parametrize("quirk", [False, True])
+def test_the_gradient_norm_is_open_unlearnings(pairs, holdout, quirk):
+    """The mean over parameter tensors of the norm of the gradient of the mean loss, EOS not in it, by transformers."""
+    pair, sets = pairs["llama3"], {"forget": ROWS, "holdout": holdout}
+    wanted = [p.requires_grad for p in pair.model.parameters()]
+    found = tofu_rows(pair.model, pair.tokenizer, sets, 1, mask_quirk=quirk, gradnorm=True)
+    assert [p.requires_grad for p in pair.model.parameters()] == wanted
+    assert all(p.grad is None for p in pair.model.parameters())
+    for name, rows in sets.items():
+        for row in rows:
+            ids, n = tokens_of(pair, "llama3", row.question, row.answer)
+            pair.reference.zero_grad()
+            tokens = torch.tensor([ids])
+            mask = (tokens != pair.tokenizer.eos_id).long() if quirk else torch.ones_like(tokens)
+            positions = torch.arange(len(ids))[None]
+            logits = pair.reference(tokens, attention_mask=mask, position_ids=positions).logits[0, n - 1 : -2]
+            torch.nn.functional.cross_entropy(logits, tokens[0, n:-1]).backward()
+            norms = [p.grad.norm().item() for p in pair.reference.parameters()]
+            assert found[name][row.key]["mia_gradnorm"] == pytest.approx(statistics.fmean(norms), rel=1e-3)
+    pairs_of = [h["mia_gradnorm"] > f["mia_gradnorm"] for f in found["forget"].values() for h in found["holdout"].values()]
+    assert metrics.aggregate(found)["mia_gradnorm"] == pytest.approx(statistics.fmean(pairs_of))
+
+
 @pytest.mark.parametrize("name", ["forget", "wf"])
 def test_a_row_without_perturbed_answers_is_refused_in_every_other_set(pairs, holdout, name):
     pair = pairs["plain"]
@@ -659,8 +704,10 @@ def test_an_interrupted_evaluation_ends_as_the_whole_one_and_does_nothing_twice(
         lines = whole[: int(part * len(whole))].split(b"\n")
         path.write_bytes(b"\n".join(lines))
         again = tofu_rows(pair.model, pair.tokenizer, sets, 3, 2, journal=path)
-        assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)) for x in lines[:-1])]
-        assert sum(len(json.loads(x)) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
+        assert [bar["initial"] for bar in bars] == [0, sum(len(json.loads(x)["done"]) for x in lines[:-1])]
+        assert (
+            sum(len(json.loads(x)["done"]) for x in path.read_bytes().splitlines()) == bars[0]["total"] == bars[1]["total"]
+        )
     for name, items in expected.items():
         for key, item in items.items():
             assert again[name][key] == {

@@ -16,15 +16,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import BYTE_LEVEL, KINDS, error_of, make_tiny, write_tokenizer
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("scipy")
 pytest.importorskip("rouge_score")
 
+import logs
 import report
 import train
 from data import Example, Row, Tokenizer
+from eval import benchmark_of
 from eval import main as evaluate
 from model import load_pretrained, save_pretrained
 from report import Shown
@@ -196,8 +198,9 @@ def test_kept_generations_are_shown_unless_they_were_asked_for_otherwise(copy):
     log = json.loads(path.read_text())
     for item in log["rows"]["forget"].values():
         item["generation"] = "planted"
-    for limit, count in ((4, report.FORGET_ROWS), (5, 0)):
-        path.write_text(json.dumps(log | {"protocol": log["protocol"] | {"max_new_tokens": limit}}))
+    for limit, weights, count in ((4, 1, report.FORGET_ROWS), (5, 1, 0), (4, 0, 0)):  # 0: of another model in its place
+        log["protocol"]["weights"] *= weights
+        logs.write_log(path, log | {"protocol": log["protocol"] | {"max_new_tokens": limit}})
         assert evaluate(["--report", str(copy)]) == 0
         found = [line.generation for _, lines in Page((copy / "report.html").read_text()).answers for line in lines.values()]
         assert found.count("planted") == count
@@ -257,7 +260,7 @@ def change(path: Path, **values) -> None:
 def test_a_run_of_another_kind_is_refused_in_one_line(copy, tmp_path, capsys):
     assert "no such file; name a run folder" in refused(capsys, tmp_path / "nowhere")
     config = json.loads((copy / "config.json").read_text())["config"]
-    for settings, told in (
+    for other, told in (
         ({"finetune": "toy_full"}, "no unlearning run"),
         ({"forget": "muse_news"}, "forgets muse_news"),
         ({"forget": 5}, "'forget'"),
@@ -265,7 +268,7 @@ def test_a_run_of_another_kind_is_refused_in_one_line(copy, tmp_path, capsys):
         ({"model": "nowhere"}, "nowhere"),
         ({"retain_model": str(tmp_path / "gone")}, "gone"),
     ):
-        change(copy / "config.json", config=config | settings)
+        change(copy / "config.json", config=config | other)
         assert told in refused(capsys, copy)
     change(copy / "config.json", config={key: value for key, value in config.items() if key != "seed"})
     assert "config.json: key 'seed'" in refused(capsys, copy)
@@ -309,15 +312,44 @@ def test_a_broken_file_is_named(copy, capsys, name, text):
     assert (copy / "report.html").exists()  # the earlier one stays
 
 
+HOSTILE = st.sampled_from([None, True, "x", "\ud800", -1, 10**400, 1e308, math.nan, math.inf, [], {}, [[]], {"0": 1}])
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(["config", "summary", "memory"]), st.data())
+def test_a_hostile_file_is_read_or_refused_in_one_line(run, tmp_path_factory, name, draw):
+    folder = tmp_path_factory.mktemp("hostile")
+    for other in ("config", "summary", "memory"):
+        shutil.copy(run / f"{other}.json", folder)
+    record = json.loads((path := folder / f"{name}.json").read_text())
+    around, key = record, draw.draw(st.sampled_from(list(record)))
+    while isinstance(around[key], dict) and around[key] and draw.draw(st.booleans()):
+        around, key = around[key], draw.draw(st.sampled_from(list(around[key])))
+    around[key] = draw.draw(HOSTILE)
+    path.write_text(json.dumps(record))
+    shown = Shown(Row("toy_full/540", "q", "a"), Example("toy_full/540", (0,) * 40, 3), [])
+    try:
+        _, summary = report.read_run(folder, benchmark_of)
+        report.fill_memory(folder / "memory.json", [shown])
+        report.trajectory_html(run / "trajectory.jsonl", summary)
+        for model in ("target", "unlearned", "retrained"):
+            Tofu.cells(summary[model])
+    except (KeyError, TypeError):  # what `write` says in one line
+        assert name == "summary"
+    except report.EvalError as e:
+        assert "\n" not in str(e) and (str(folder) in str(e) or str(run) in str(e))
+
+
 @pytest.mark.parametrize("positions", ([], [0], [1, 3], [0, 3], [4], [-1], [0, 4], [1.0], ["1"], [True]))
 def test_memory_positions_are_those_of_the_answers_tokens(tmp_path, positions):
     path, row = tmp_path / "memory.json", Row("a/0", "q", "a")
     path.write_text(json.dumps({"tau": 2.0, "share": 0.25, "rows": {"a/0": positions}}))
     shown = Shown(row, Example(row.key, (0,) * 7, 3), [])  # an answer of four tokens
     if all(type(i) is int and 0 <= i <= 3 for i in positions):
-        assert "25% of" in report.mark_memory(path, [shown]) and shown.memory == positions
+        assert "25% of" in report.fill_memory(path, [shown]) and shown.memory == positions
     else:
-        assert "a/0 has no such positions" in error_of(report.mark_memory, path, [shown])
+        message = error_of(report.fill_memory, path, [shown])
+        assert "a/0 has no such positions" in message or "key 'rows.a/0." in message
 
 
 def test_a_model_that_gives_no_number_is_refused(models, run, tmp_path):

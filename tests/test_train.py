@@ -32,7 +32,7 @@ from reference import CachedReference, RecomputedReference
 
 TINY = LlamaConfig(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    head_dim=8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(1,),
+    head_dim=8, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(1,),
     initializer_range=0.2,
 )  # fmt: skip
 SMALL = (
@@ -1031,7 +1031,7 @@ def test_missing_eval_libraries_are_told_before_any_work(cli, monkeypatch):
 def test_rows_longer_than_the_model_are_refused(cli, tmp_path):
     Path("long.jsonl").write_text(json.dumps({"question": "Why?", "answer": "because " * 200}) + "\n")
     status, message = cli("--forget", "long.jsonl", "--retain", "long.jsonl", "--out", "a")
-    assert status == 2 and "128" in message
+    assert status == 2 and "512" in message
 
 
 def test_help_tells_every_flag_with_its_default(capsys):
