@@ -156,7 +156,7 @@ def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is for want of memory, of a GPU or of the machine."""
-    known = ("not enough memory", "can't allocate memory", "out of memory")
+    known = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in known)
     )

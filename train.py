@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from dipo import LOSSES, Objective
 from eval import Source, benchmark_of
 from files import JsonLines, UserError, first_line, write_json
 from hints import find_hints
-from inference import PUBLISHED_LOGS, Options, find_file, pick_device, pick_dtype
+from inference import PUBLISHED_LOGS, Options, check_length, find_file, out_of_memory, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
 from model import Llama, load_pretrained, save_pretrained
@@ -334,8 +333,7 @@ def encode(config: Config, rows: dict[str, list], source: Source) -> dict[str, l
         ]
         every += itertools.chain(*examples["refusals"])
     for example in every:
-        if len(example.ids) - 1 > longest:  # the last token is predicted, not read
-            raise RunError(f"{example.key}: {len(example.ids)} tokens, {source.name} reaches {longest}; shorten it")
+        check_length(example.key, len(example.ids) - 1, longest, error=RunError)  # the last token is predicted, not read
     return examples
 
 
@@ -494,16 +492,13 @@ def clean_up(config: Config, out: Path, summary: dict) -> None:
     print(f"saved: {out}  (model/ in Hugging Face layout, log.jsonl, summary.json, config.json)")
 
 
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|DefaultCPUAllocator|ALLOC_FAILED")
-
-
 @contextlib.contextmanager
 def enough_memory(remedy: str) -> Iterator[None]:
     """Raises RunError with the remedy where there is too little memory, of the host or of the GPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not OUT_OF_MEMORY.search(str(e)):
+        if not out_of_memory(e):
             raise
         raise RunError(f"out of memory ({first_line(e)}); {remedy}") from None
 
