@@ -392,7 +392,7 @@ read_logs = each(*(partial(read_log, name) for name in LOGS))
 
 
 def score_logs(*flags: str) -> Callable[[random.Random], int]:
-    return lambda rng: max(evaluation.main(["--logs", name, "--retain-logs", name, *flags]) for name in LOGS)
+    return lambda rng: evaluation.main(["--logs", rng.choice(LOGS), "--retain-logs", rng.choice(LOGS), *flags])
 
 
 def experiments(rng: random.Random) -> None:
@@ -517,7 +517,7 @@ def attempt(use: Callable, rng: random.Random) -> tuple[str, str]:
     except BaseException as e:
         return f"{type(e).__name__} at {place_of(e)}", "".join(traceback.format_exception(e)[-6:])
     text = said.buffer.getvalue().decode()
-    told = [line for line in re.split(r"[\r\n]+", text) if line.startswith("error: ")]
+    told = [line for line in re.split(r"[\r\n]+|\x1b\[A", text) if line.startswith("error: ")]
     if status not in (None, 0, 2) or (status == 2) != bool(told) or len(told) > 1 or "Traceback" in text:
         return f"status {status} and {len(told)} lines of error", text
     if re.search("can't allocate|MemoryError|bad_alloc|[Oo]ut of memory", " ".join(told)):
@@ -609,7 +609,7 @@ class World:
     def child(self, attempts: list, seconds: float, pipe: io.TextIOBase) -> None:
         """Make the attempts; each is said as [number, what was mutated], then with what is wrong and what was told, too. It
         ends after the first with something wrong: what follows has a fresh process."""
-        os.chdir(self.root)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
@@ -650,13 +650,18 @@ class World:
                     os._exit(0)
             os.close(its)
             begun = None
-            with os.fdopen(mine, encoding="utf-8") as pipe:
-                for line in pipe:
-                    begun = json.loads(line)
-                    if len(begun) == 4:
-                        yield tuple(begun)
-                        attempts, begun, seconds = attempts[1:], None, SECONDS
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            try:
+                with os.fdopen(mine, encoding="utf-8") as pipe:
+                    for line in pipe:
+                        begun = json.loads(line)
+                        if len(begun) == 4:
+                            yield tuple(begun)
+                            attempts, begun, seconds = attempts[1:], None, SECONDS
+            except BaseException:
+                os.kill(child, signal.SIGKILL)
+                raise
+            finally:
+                status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             if begun is None and status == 0:
                 continue
             told = self.notes.read_text(errors="replace")
@@ -667,19 +672,16 @@ class World:
                 continue
             frames = re.findall(r'File "([^"]+)", line (\d+) in (\S+)', told)
             place = next((f"{Path(f).name}:{name}:{line}" for f, line, name in frames if is_ours(f)), "outside")
-            yield (
-                number,
-                mutated,
-                f"{'more than 5 s' if 'Timeout' in told else f'the process dies ({status})'} at {place}",
-                told,
-            )
+            what = "more than 5 s" if "Timeout" in told else f"the process dies ({status})"
+            yield number, mutated, f"{what} at {place}", told
             attempts, seconds = attempts[1:], SECONDS
 
 
-def run(world: World, seed: int, first: int, count: int, only: str | None = None, quiet: bool = False) -> dict:
-    """{(kind, what is wrong): [(number of the input, what was mutated, what was said)]} of the inputs' findings."""
+def run(world: World, seed: int, first: int, count: int, only: str | None = None, quiet: bool = False) -> tuple[dict, int]:
+    """({(kind, what is wrong): [(number of the input, what was mutated, what was said)]}, how many inputs were tried)."""
     findings, names = collections.defaultdict(list), [only] if only else [*KINDS]
-    with tqdm(total=count, desc="hostile inputs", unit="input", disable=quiet, mininterval=1) as bar:
+    bar = tqdm(total=count, desc="hostile inputs", unit="input", disable=quiet, mininterval=1)
+    with bar, contextlib.suppress(KeyboardInterrupt):  # which ends it with what was found so far
         for start in range(first, first + count, BATCH):
             numbers = range(start, min(start + BATCH, first + count))
             batch = [(n, KINDS[names[n % len(names)]], random.Random(f"{seed}/{n}")) for n in numbers]
@@ -690,7 +692,7 @@ def run(world: World, seed: int, first: int, count: int, only: str | None = None
                     findings[name, wrong.replace("MemoryError at", "more than 2 GB at")].append((number, mutated, told))
                 if count == 1:
                     print(f"{name}: {mutated}\n{told}\n-> {wrong or 'right'}")
-    return findings
+    return findings, bar.n
 
 
 def table(findings: dict) -> str:
@@ -712,12 +714,12 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hostile-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        findings = run(World(Path(folder).resolve()), args.seed, args.first, args.count, args.only)
+        findings, done = run(World(Path(folder).resolve()), args.seed, args.first, args.count, args.only)
     print(table(findings))
     bad = sum(map(len, findings.values()))
     only = f" --only {args.only!r}" if args.only else ""
-    again = f"python tests/hostile.py --seed {args.seed} --first {args.first} --count {args.count}{only}"
-    print(f"{bad} of {args.count} inputs in {time.perf_counter() - began:.0f} s ended otherwise; {again}")
+    again = f"python tests/hostile.py --seed {args.seed} --first {args.first} --count {done}{only}"
+    print(f"{bad} of {done} inputs in {time.perf_counter() - began:.0f} s ended otherwise; {again}")
     return 1 if bad else 0
 
 
