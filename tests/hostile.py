@@ -193,11 +193,12 @@ def put_in_place(path: Path, outside: Path, rng: random.Random) -> str:
     kind, held = rng.choice(kinds), outside / path.name
     if kind == "link outside":
         path.rename(held)
-        if path.suffix == ".jinja":
-            held.write_text(held.read_text() + SECRET)
-        elif path.suffix == ".json" and path.parent.name in ("model", "checkpoint"):
-            held.write_text(json.dumps(json.loads(held.read_text()) | {"secret": SECRET}))
         path.symlink_to(held)
+        with contextlib.suppress(Exception):  # what an earlier mutation has broken has no secret
+            if path.suffix == ".jinja":
+                held.write_text(held.read_text() + SECRET)
+            elif path.suffix == ".json" and path.parent.name in ("model", "checkpoint"):
+                held.write_text(json.dumps(json.loads(held.read_text()) | {"secret": SECRET}))
     else:
         (shutil.rmtree if path.is_dir() else os.unlink)(path)
     if kind == "folder":
@@ -221,7 +222,7 @@ def mutate(path: Path, outside: Path, world: list[Path], rng: random.Random) -> 
             shutil.copyfile(other := rng.choice(others), path)
             return f"is {other.name} of {other.parent.name}"
     data = path.read_bytes()
-    with contextlib.suppress(ValueError):  # what an earlier mutation has broken is mutated by its bytes
+    with contextlib.suppress(Exception):  # what an earlier mutation has broken is mutated by its bytes
         if rng.random() < 0.75 and path.suffix in (".json", ".jsonl", ".safetensors"):
             if path.suffix == ".safetensors":
                 data, told = mutate_safetensors(data, rng)
@@ -646,6 +647,9 @@ class World:
                 try:
                     os.close(mine)
                     self.child(attempts, seconds, os.fdopen(its, "w", encoding="utf-8"))
+                except BaseException:  # in this file
+                    self.notes.write_text(traceback.format_exc())
+                    os._exit(70)
                 finally:
                     os._exit(0)
             os.close(its)
@@ -665,6 +669,8 @@ class World:
             if begun is None and status == 0:
                 continue
             told = self.notes.read_text(errors="replace")
+            if status == 70:
+                raise RuntimeError(f"input {attempts[0][0]}: {told}")
             number, mutated = begun or (attempts[0][0], "?")
             attempts[0][2].setstate(states[number])
             if "Timeout" in told and seconds == SECONDS:
