@@ -319,7 +319,9 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal. Raises OSError."""
+    """SHA-256 of a file's bytes, hexadecimal. Raises OSError, also for what is no file (a pipe would be waited for)."""
+    if not os.path.isfile(path):
+        raise OSError(errno.ENOENT, "no such file", str(path))
     found, block = hashlib.sha256(), memoryview(bytearray(2**20))
     with Path(path).open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -329,4 +331,8 @@ def digest(path: Path) -> str:
 
 def within(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, lies in a folder."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    real, inside = (
+        os.path.realpath(path),
+        os.path.realpath(folder),
+    )  # not Path.resolve(): a link to itself is its RuntimeError
+    return Path(real).is_relative_to(inside)

@@ -87,6 +87,10 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
         assert error_of(read, path, kind=UserError).endswith("; name another file")
     if kind not in ("dangling", "null", "long", "in a file", "loop"):  # there is such a thing, and it is no file
         assert error_of(files.read_jsonl, path, kind=UserError).endswith("; remove it")
+    with pytest.raises((OSError, ValueError)):
+        files.digest(path)
+    if kind != "null":
+        assert files.within(path, tmp_path) == (kind != "device")
 
 
 def test_a_file_beyond_the_limit_is_not_read(tmp_path):
