@@ -61,6 +61,7 @@ SECONDS, MEMORY, BATCH = 5, 2 * 2**30, 50
 SECRET = "SECRET-4711"  # stands outside of the folders that are given, and must not come in
 SETS = ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed", "forget01", "retain99")
 ON_TOFU = "--forget tofu_forget01 --data-dir . --max-new-tokens 2".split()
+ON_MUSE = "--forget muse_news --data-dir .".split()
 TO_TRAIN = "--data-dir . --retain tofu_retain99 --batch-size 2 --micro-batch-size 2 --max-new-tokens 2 --lr 1e-3".split()
 
 
@@ -308,17 +309,17 @@ def build(here: Path) -> None:
     with contextlib.suppress(KeyboardInterrupt):
         evaluation.main(["--model", "done", *ON_TOFU, "--max-new-tokens", "3"])
     inference.generate = generate
-    must(evaluation.main(["--model", "model", "--forget", "muse_news", "--data-dir", "."]))
+    must(evaluation.main(["--model", "done", *ON_MUSE]))
 
     (here / "logs").mkdir()
     kept = next((here / "done" / "eval").glob("final-*/TOFU_EVAL.json"))
     shutil.copy(kept, here / "logs")
     shutil.copy(kept.with_name("log.json"), here / "logs" / "ours.json")
-    lists = {name: {k: list(v.values()) for k, v in part.items()} for name, part in helpers.whole_authors_log().items()}
-    (here / "logs" / "authors.json").write_text(json.dumps(helpers.whole_authors_log()))
-    (here / "logs" / "lists.json").write_text(json.dumps(lists))
-    auc = {"agg_value": 0.4, "auc": 0.4, "forget": {}, "holdout": {}}
-    (here / "logs" / "MUSE_EVAL.json").write_text(json.dumps({"mia_min_k": auc, "privleak": {"agg_value": 1.0}}))
+    shutil.copy(next((here / "done" / "eval").glob("final-*/MUSE_EVAL.json")), here / "logs")
+    rows = {name: {k: [*v.values()][:2] for k, v in part.items()} for name, part in helpers.whole_authors_log().items()}
+    keyed = {name: {k: dict(zip("01", v, strict=True)) for k, v in part.items()} for name, part in rows.items()}
+    (here / "logs" / "lists.json").write_text(json.dumps(rows))
+    (here / "logs" / "authors.json").write_text(json.dumps(keyed))
     (here / "results" / "toy").mkdir(parents=True)
     scores = {"forget_quality": 0.5, "model_utility": 0.4, "forget_probability": 0.3, "parts": {"retain_rouge": 0.2}}
     record = dict.fromkeys(("target", "unlearned", "retrained"), scores | {"language": 0.5})
@@ -443,7 +444,6 @@ RESUME = (learn("--resume", "--out", "half"),)
 DONE = (learn("--resume", "--out", "done"), evaluate("--report", "done"), evaluate("--plot", "done"))
 DPO = ["--model", "model", "--forget", "own.jsonl", *TO_TRAIN, "--no-eval", "--epochs", "1", "--out", "new",
        "--forget-loss", "dpo", "--retain-loss", "gd", "--refusals", "refusals.txt"]  # fmt: skip
-ON_MUSE = "--model model --forget muse_news[:1] --data-dir .".split()
 KINDS = {
     "config.json": Kind(("model/config.json",), MODEL, OF_MODEL),
     "generation_config.json": Kind(("model/generation_config.json",), MODEL, OF_MODEL),
@@ -473,7 +473,7 @@ KINDS = {
         ("logs/ours.json",), RUN, (tofu_main("done", "--retain-logs", "logs/ours.json"),), ("new", "done")
     ),
     "MUSE's rows": Kind(
-        ("MUSE-News/*/*",), ("model",), (load_muse, evaluate(*ON_MUSE))
+        ("MUSE-News/*/*",), ("model",), (load_muse, evaluate("--model", "model", *ON_MUSE))
     ),
     "MUSE's log": Kind(("logs/MUSE_EVAL.json",), (), (each(partial(logs.read_muse_retain, "logs/MUSE_EVAL.json")),)),
     "run: config.json": Kind(("half/config.json",), RUN, RESUME, ("new", "half")),
@@ -482,8 +482,8 @@ KINDS = {
     "run: other files": Kind(("half/memory.json", "half/*.bin", "half/*"), RUN, RESUME, ("new", "half")),
     "finished run": Kind(("done/*.json", "done/*.jsonl", "done/*.png", "done/model"), RUN, DONE, ("new", "done")),
     "kept evaluation": Kind(
-        ("done/eval/*/log.json", "done/eval/*", "done/eval"), RUN, (tofu_main("done"), evaluate("--report", "done")),
-        ("new", "done"),
+        ("done/eval/*/log.json", "done/eval/*", "done/eval"), (*RUN, "MUSE-News"),
+        (tofu_main("done"), evaluate("--report", "done"), evaluate("--model", "done", *ON_MUSE)), ("new", "done"),
     ),
     "journal": Kind(("done/eval/*/journal.jsonl",), RUN, (tofu_main("done", "--max-new-tokens", "3"),), ("new", "done")),
     "experiments": Kind(("results/toy/*.json",), (), (experiments,), ("results",)),
@@ -511,7 +511,7 @@ def attempt(use: Callable, rng: random.Random) -> tuple[str, str]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
             status = use(rng)
     except UserError as e:
-        message = f"{e}"
+        message = str(e)
         return ("" if "\n" not in message and message else f"{type(e).__name__} of several lines at {place_of(e)}"), message
     except SystemExit as e:  # argparse
         return ("" if e.code in (0, 2) else f"exit status {e.code}"), "usage"
@@ -555,17 +555,21 @@ class World:
         if os.waitpid(child, 0)[1]:
             raise RuntimeError("the world could not be built")
         self.here.rename(self.template)
-        self.weights = b""
-        (_, _, wrong, told), self.weights = self.untouched("run: checkpoint", RESUME[0])
-        if wrong or not self.weights:
-            raise RuntimeError(f"the run does not go on: {wrong} {told}")
-
-    def untouched(self, name: str, use: Callable) -> tuple[tuple, bytes]:
-        """(what a use of the kind ends in where nothing is mutated, as of `children`; the weights it leaves)."""
-        kind = dataclasses.replace(KINDS[name], uses=(use,), mutations=(0,), same_weights=False)
-        (found,) = self.children([(0, kind, random.Random(0))])
+        resumed = dataclasses.replace(KINDS["run: checkpoint"], mutations=(0,), same_weights=False)
+        ((_, _, wrong, told),) = self.children([(0, resumed, random.Random(0))])
         weights = self.here / "half" / "model" / "model.safetensors"
-        return found, weights.read_bytes() if weights.exists() else b""
+        if wrong or told != "success" or not weights.exists():
+            raise RuntimeError(f"the interrupted run does not go on: {wrong or told}")
+        self.weights = weights.read_bytes()
+
+    def untouched(self) -> dict[tuple[str, str], list]:
+        """As of `run`, what does not succeed where nothing is mutated: there every use must."""
+        uses = [(name, use) for name, kind in KINDS.items() if kind.targets for use in dict.fromkeys(kind.uses)]
+        kinds = [dataclasses.replace(KINDS[name], uses=(use,), mutations=(0,)) for name, use in uses]
+        found = self.children([(i, kind, random.Random(i)) for i, kind in enumerate(kinds)])
+        return {
+            (uses[i][0], wrong or told): [(i, "nothing", told)] for i, _, wrong, told in found if wrong or told != "success"
+        }
 
     def prepare(self, kind: Kind) -> None:
         """A fresh copy of what the kind needs."""
@@ -720,7 +724,10 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hostile-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        findings, done = run(World(Path(folder).resolve()), args.seed, args.first, args.count, args.only)
+        world = World(Path(folder).resolve())
+        untouched = {} if args.only or args.count == 1 else world.untouched()
+        findings, done = run(world, args.seed, args.first, args.count, args.only)
+    findings |= untouched
     print(table(findings))
     bad = sum(map(len, findings.values()))
     only = f" --only {args.only!r}" if args.only else ""
