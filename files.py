@@ -275,7 +275,7 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
     wait(process): called once where another process holds the folder, which is then waited for; None: raises `error`,
     naming the process. Raises OSError where no file can be made in the folder.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     if folder in _held:  # by a caller of ours
         _held[folder] += 1
         try:

@@ -188,6 +188,43 @@ def mutate_safetensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
     return len(raw).to_bytes(8, "little") + raw + body, told
 
 
+def mutate_tokenizer(text: str, rng: random.Random) -> tuple[str, str]:
+    """What makes the tokenizers library grow, hang, panic or count beyond the vocabulary."""
+    value = json.loads(text)
+    times = rng.choice([2, 40])
+    doubling = [{"type": "Replace", "pattern": {"String": c}, "content": 2 * c} for c in "eo " for _ in range(times)]
+    slow = {"Regex": rng.choice(["(a+)+$", "(.*)*x", "(?:a|a)*b", "([a-z]+ ?)+!", "("])}
+    flags = {k: rng.random() < 0.5 for k in ("special", "normalized", "lstrip", "rstrip", "single_word")}
+    content = rng.choice(["a", "", " ", "</s>", "<|im_start|>", "Who"])
+    token = {"id": rng.choice([0, 5, 400, 10**6, 2**32 - 1]), "content": content} | flags
+    pad = {"direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "x", "pad_to_multiple_of": 10**9}
+    cut = {"stride": 5, "strategy": "LongestFirst", "direction": "Right"}
+    changes = [
+        ("normalizer", {"type": "Sequence", "normalizers": doubling}),
+        ("normalizer", {"type": "Replace", "pattern": slow, "content": "aa"}),
+        ("pre_tokenizer", {"type": "Split", "pattern": slow, "behavior": "Isolated", "invert": rng.random() < 0.5}),
+        ("pre_tokenizer", rng.choice([None, {"type": "Digits", "individual_digits": True}, {"type": "Whitespace"}])),
+        ("decoder", rng.choice([None, {"type": "Strip", "content": "a", "start": 10**9, "stop": 0}])),
+        ("post_processor", {"type": "BertProcessing", "sep": ["x", 10**6], "cls": ["y", 401]}),
+        ("truncation", {"max_length": rng.choice([0, 1, 10**18])} | cut),
+        ("padding", {"strategy": {"Fixed": rng.choice([0, 10**9])}} | pad),
+        ("added_tokens", [*value["added_tokens"], token]),
+        ("added_tokens", [dict(token, id=400 + i, content=f"t{i}") for i in range(2000)]),
+    ]
+    key, new = rng.choice(changes)
+    kind = rng.random()
+    if kind < 0.75:
+        value[key] = new
+        return json.dumps(value), f"{key} = {json.dumps(new)[:80]}"
+    model = value["model"]
+    some = rng.sample([*model["vocab"]], 2)
+    if kind < 0.85:
+        model["vocab"][some[0]] = rng.choice([model["vocab"][some[1]], 401, 10**6, 2**32 - 1])
+        return json.dumps(value), f"vocab {some[0]!r} = {model['vocab'][some[0]]}"
+    model["merges"] = rng.choice([[], [["x", "y"]], ["a b c"], model["merges"] * 2, model["merges"][::-1], [["", ""]]])
+    return json.dumps(value), f"merges = {json.dumps(model['merges'])[:40]}"
+
+
 def put_in_place(path: Path, outside: Path, rng: random.Random) -> str:
     """Something else than a file, or a link, in the place of a file or folder."""
     kinds = ["folder", "pipe", "dangling link", "link outside", "link outside", "missing", "loop", "/dev/zero", "/dev/null"]
@@ -229,7 +266,9 @@ def mutate(path: Path, outside: Path, world: list[Path], rng: random.Random) -> 
                 data, told = mutate_safetensors(data, rng)
             else:
                 rows = path.suffix == ".jsonl" or path.parent.name == "TOFU"
-                text, told = (mutate_lines if rows else mutate_json)(data.decode(), rng)
+                special = path.name == "tokenizer.json" and rng.random() < 0.4
+                how = mutate_tokenizer if special else mutate_lines if rows else mutate_json
+                text, told = how(data.decode(), rng)
                 data = text.encode("utf-8", "surrogatepass")
             path.write_bytes(data)
             return told
@@ -687,9 +726,9 @@ class World:
             attempts, seconds = attempts[1:], SECONDS
 
 
-def run(world: World, seed: int, first: int, count: int, only: str | None = None, quiet: bool = False) -> tuple[dict, int]:
-    """({(kind, what is wrong): [(number of the input, what was mutated, what was said)]}, how many inputs were tried)."""
-    findings, names = collections.defaultdict(list), [only] if only else [*KINDS]
+def run(world: World, seed: int, first: int, count: int, only: str | None = None, quiet: bool = False) -> tuple[dict, dict]:
+    """({(kind, what is wrong): [(number of the input, what was mutated, what was said)]}, how many inputs ended how)."""
+    ended, findings, names = collections.Counter(), collections.defaultdict(list), [only] if only else [*KINDS]
     bar = tqdm(total=count, desc="hostile inputs", unit="input", disable=quiet, mininterval=1)
     with bar, contextlib.suppress(KeyboardInterrupt):  # which ends it with what was found so far
         for start in range(first, first + count, BATCH):
@@ -697,12 +736,13 @@ def run(world: World, seed: int, first: int, count: int, only: str | None = None
             batch = [(n, KINDS[names[n % len(names)]], random.Random(f"{seed}/{n}")) for n in numbers]
             for number, mutated, wrong, told in world.children(batch):
                 bar.update()
+                ended["otherwise" if wrong else "in success" if told == "success" else "in one line"] += 1
                 name = names[number % len(names)]
                 if wrong:
                     findings[name, wrong.replace("MemoryError at", "more than 2 GB at")].append((number, mutated, told))
                 if count == 1:
                     print(f"{name}: {mutated}\n{told}\n-> {wrong or 'right'}")
-    return findings, bar.n
+    return findings, ended
 
 
 def table(findings: dict) -> str:
@@ -726,14 +766,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hostile-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         world = World(Path(folder).resolve())
         untouched = {} if args.only or args.count == 1 else world.untouched()
-        findings, done = run(world, args.seed, args.first, args.count, args.only)
+        findings, ended = run(world, args.seed, args.first, args.count, args.only)
     findings |= untouched
     print(table(findings))
-    bad = sum(map(len, findings.values()))
     only = f" --only {args.only!r}" if args.only else ""
-    again = f"python tests/hostile.py --seed {args.seed} --first {args.first} --count {done}{only}"
-    print(f"{bad} of {done} inputs in {time.perf_counter() - began:.0f} s ended otherwise; {again}")
-    return 1 if bad else 0
+    print(", ".join(f"{n} {how}" for how, n in ended.items()) + f"; {time.perf_counter() - began:.0f} s; again with:")
+    print(f"python tests/hostile.py --seed {args.seed} --first {args.first} --count {ended.total()}{only}")
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

@@ -337,6 +337,9 @@ def test_a_lock_behind_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError), files.lock(tmp_path):
         pass
     assert (tmp_path / "elsewhere").read_text() == "kept"
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError), files.lock(tmp_path / "loop"):
+        pass
 
 
 # --------------------------------------------------------------------------------------------------------------- digests

@@ -1,4 +1,4 @@
-"""A short sample of hostile.py: mutated files of every kind that the program reads. The long run: python tests/hostile.py."""
+"""A short sample of hostile.py: mutated files of every kind that the program reads. For the long run see there."""
 
 import random
 import subprocess
