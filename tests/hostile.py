@@ -447,8 +447,8 @@ def experiments(rng: random.Random) -> None:
 SPECS = ["tofu_forget01", "toy_forget10[:4]", "own.jsonl", "tofu_forget01[:50%]+toy_forget01", "muse_news", "toy_full[-3:]"]
 
 
-def arguments(rng: random.Random) -> int:
-    """A command line with one word of it changed."""
+def command(rng: random.Random) -> tuple[Callable[[list[str]], int], list[str]]:
+    """(main, a command line with one word of it changed)."""
     to_train = ["--forget", rng.choice(SPECS), "--model", "model", *TO_TRAIN, "--epochs", "1", "--no-eval", "--out", "new"]
     to_evaluate = ["--model", rng.choice(["model", "done"]), *ON_TOFU]
     of_logs = ["--logs", "logs/ours.json", "--retain-logs", "logs/authors.json"]
@@ -457,11 +457,12 @@ def arguments(rng: random.Random) -> int:
     words = [str(v) for v in VALUES if isinstance(v, (int, float, str))] + ["9" * 400, "a\0b", "\udcff", "x" * 300, "new\n"]
     words += "nan inf -inf . .. / model/ own.jsonl a+[1:2] [:] [:0%] --seed cuda meta float32 toy_forget10[9:3]".split()
     words += ["own.csv+own.json", "nothing.jsonl", f"tofu_forget01[{'9' * 5000}:]"]
-    line[rng.randrange(len(line))] = rng.choice(words)
+    i = rng.choice([i for i, word in enumerate(line) if i and (not word.startswith("--") or rng.random() < 0.1)])
+    line[i] = rng.choice(words)
     if rng.random() < 0.4:
         flags = "--seed --prompt --tokenizer --device --max-new-tokens --out --retain --eval-retain --protocol".split()
         line += [rng.choice(flags), rng.choice(words)]
-    return main(line)
+    return main, line
 
 
 # ------------------------------------------------------------------------------------------------------------------- kinds
@@ -526,7 +527,7 @@ KINDS = {
     ),
     "journal": Kind(("done/eval/*/journal.jsonl",), RUN, (tofu_main("done", "--max-new-tokens", "3"),), ("new", "done")),
     "experiments": Kind(("results/toy/*.json",), (), (experiments,), ("results",)),
-    "arguments": Kind((), (*MODEL, "done", "logs"), (arguments,), ("new", "done", "x", "new\n")),
+    "arguments": Kind((), (*MODEL, "done", "logs"), (command,), ("new", "done", "x", "new\n")),
 }  # fmt: skip
 
 
@@ -667,6 +668,9 @@ class World:
             self.prepare(kind)
             mutated = self.mutate(kind, rng)
             use, before = rng.choice(kind.uses), listing(self.root / "in")
+            if not kind.targets:
+                program, line = use(rng)
+                use, mutated = (lambda rng, program=program, line=line: program(line)), " ".join(line)
             print(json.dumps([number, mutated]), file=pipe, flush=True)
             os.chdir(self.here)
             resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
