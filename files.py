@@ -304,8 +304,9 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
             os.close(handle)
             raise
         os.close(handle)
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    with contextlib.suppress(OSError):  # no space: it is held all the same
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
     _held[folder] = 1
     try:
         yield
