@@ -552,7 +552,7 @@ def attempt(use: Callable, rng: random.Random) -> tuple[str, str]:
             status = use(rng)
     except UserError as e:
         message = str(e)
-        return ("" if "\n" not in message and message else f"{type(e).__name__} of several lines at {place_of(e)}"), message
+        return ("" if "\n" not in message and message else f"UserError of several lines at {place_of(e)}"), message
     except SystemExit as e:  # argparse
         return ("" if e.code in (0, 2) else f"exit status {e.code}"), "usage"
     except BaseException as e:
@@ -571,6 +571,15 @@ def listing(folder: Path) -> dict[str, tuple]:
     paths = (f"{place}/{name}" for place, folders, names in os.walk(folder) for name in [*folders, *names])
     found = {path: os.lstat(path) for path in paths}
     return {path: (x.st_mode, *(() if stat.S_ISDIR(x.st_mode) else (x.st_size, x.st_mtime_ns))) for path, x in found.items()}
+
+
+class SeveralLines(UserError):
+    def __str__(self) -> str:
+        return "a\nb"
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 class World:
@@ -610,6 +619,25 @@ class World:
         return {
             (uses[i][0], wrong or told): [(i, "nothing", told)] for i, _, wrong, told in found if wrong or told != "success"
         }
+
+    def check_itself(self) -> None:
+        """Faults that are made on purpose are found. Raises RuntimeError."""
+
+        def two_lines(rng: random.Random) -> int:
+            sys.stderr.write("error: x\nerror: y\n")
+            return 2
+
+        faults = {
+            "ZeroDivisionError at": lambda rng: 1 // 0, "status 2 and 2 lines": two_lines, "status 3": lambda rng: 3,
+            "the process dies (-6)": lambda rng: os.abort(), "more than 2 GB": lambda rng: bytes(2 * MEMORY),
+            "UserError of several": each(partial(raise_, SeveralLines("x"))), "other weights": lambda rng: 0,
+            "UnicodeEncodeError": lambda rng: print("\ud800"), "writes outside": lambda rng: Path("../outside/x").touch(),
+        }  # fmt: skip
+        kinds = [dataclasses.replace(KINDS["run: log.jsonl"], uses=(use,), mutations=(0,)) for use in faults.values()]
+        found = self.children([(i, kind, random.Random(i)) for i, kind in enumerate(kinds)])
+        for (number, _, wrong, told), expected in zip(found, faults, strict=True):
+            if not wrong.replace("MemoryError at", "more than 2 GB at").startswith(expected):
+                raise RuntimeError(f"{expected}: not found, but {wrong!r}, {told!r} ({number})")
 
     def prepare(self, kind: Kind) -> None:
         """A fresh copy of what the kind needs."""
@@ -769,6 +797,7 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="hostile-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         world = World(Path(folder).resolve())
+        world.check_itself()
         untouched = {} if args.only or args.count == 1 else world.untouched()
         findings, ended = run(world, args.seed, args.first, args.count, args.only)
     findings |= untouched
