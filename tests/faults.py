@@ -44,7 +44,8 @@ RUN = [
     "anchored",
 ]
 LONGER = ["--model", "done", *ON_TOFU, "--max-new-tokens", "4"]  # an evaluation that is not kept yet
-GROUPS = "full disk", "read-only", "closed streams", "two at a time", "interrupts", "little memory", "odd names"
+GROUPS = ("full disk", "read-only", "closed streams", "two at a time", "interrupts", "little memory", "odd names",
+          "damaged files", "links and code")  # fmt: skip
 NAMES = ["a b", "é", "a$b'c\"", "=-x", "a\nb", "a\udcffb", "x" * 250, "x" * 300, "..", ".", "/", "own.jsonl", "new/",
          "a%sb{c}", "a[1]*", "~", "a\0b", "new/deeper/still", "model", "half", " ", "\u202eab", "COM1:", "runs"]  # fmt: skip
 
@@ -244,6 +245,65 @@ class Faults:
         status, told = self.try_(lambda: train.main(["--resume", f"--out={name}"]))
         self.good(status == 0 and "complete already" in told, told)
 
+    def damaged(self, name: str, how: str) -> None:
+        """A damaged file of an interrupted run is told, or makes no difference."""
+        data = bytearray((self.here / name).read_bytes())
+        at = {"first": 0, "middle": len(data) // 2, "last": len(data) - 1}.get(how.split()[-1], 0)
+        if how.startswith("flipped") and data:
+            data[at] ^= 4
+        (self.here / name).write_bytes(data if how.startswith("flipped") else data[:at])
+        status, _ = self.try_(lambda: train.main(["--resume", "--out", "half"]))
+        self.good(status == 2 or self.end("half") == (self.weights, self.records), "not noticed: another end")
+
+    def link(self, name: str, program: Callable[[list[str]], int], *argv: str) -> None:
+        """What lies behind a link out of a folder is neither written to nor copied."""
+        outside, path = self.here.parent / "outside", self.here / name
+        outside.mkdir()
+        held = outside / "held"
+        if path.exists():
+            path.rename(held)
+        else:
+            held.write_text("kept\n")
+        if path.suffix in (".json", ".jinja") and path.parent.name == "model":
+            held.write_text(held.read_text().replace("{", '{"secret": "SECRET",', 1))
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.symlink_to(held)
+        before = {p: (p.is_dir() or p.read_bytes()) for p in [held, *sorted(held.rglob("*"))]}
+        self.try_(lambda: program([*argv]))
+        after = {p: (p.is_dir() or p.read_bytes()) for p in [*sorted(outside.rglob("*"))]}
+        self.good(before == after, f"written: {[str(p) for p in {*before, *after} if before.get(p) != after.get(p)]}")
+        for copied in (p for p in (self.here / "new").rglob("*") if p.is_file()):
+            self.good(b"SECRET" not in copied.read_bytes(), f"copied into {copied}")
+
+    def code(self, name: str, program: Callable[[list[str]], int], *argv: str) -> None:
+        """A pickle in the place of a file is not run."""
+
+        class Code:
+            def __reduce__(self):
+                return os.mkdir, ("executed",)
+
+        path = self.here / name
+        path.unlink(missing_ok=True)
+        if path.suffix == ".bin":
+            path.with_name("model.safetensors").unlink()
+        torch.save(Code(), path)
+        status, told = self.try_(lambda: program([*argv]))
+        self.good(status == 2 and not (self.here / "executed").exists(), told)
+
+    def leads_out(self, name: str, key: str, value: str, program: Callable[[list[str]], int], *argv: str) -> None:
+        """A path in a file that leads out of the folder: nothing is written or read there."""
+        outside = self.here.parent / "outside"
+        outside.mkdir()
+        record = json.loads((self.here / name).read_text())
+        holder = record.get("config", record) if key != "weight_map" else record
+        holder[key] = dict.fromkeys(record["weight_map"], value) if key == "weight_map" else value
+        (self.here / name).write_text(json.dumps(record))
+        shutil.copy(self.here / "model" / "model.safetensors", outside)
+        status, told = self.try_(lambda: program([*argv]))
+        self.good([p.name for p in outside.iterdir()] == ["model.safetensors"], [*outside.iterdir()])
+        if key == "weight_map":
+            self.good(status == 2 and "outside" in told, told)
+
 
 @contextlib.contextmanager
 def mounted(*how: str) -> Iterator[None]:
@@ -304,6 +364,46 @@ def cases(faults: Faults, rng: random.Random) -> dict[str, list[tuple[str, Calla
         for program, argv in ((train.main, resume), (evaluation.main, LONGER)):
             a = megabytes, program, *argv
             found[GROUPS[5]].append((f"{megabytes} MB for {argv[0]}", lambda a=a: faults.little_memory(*a)))
+    template = faults.world.template
+    for name in sorted(str(p.relative_to(template)) for p in (template / "half").rglob("*") if p.is_file()):
+        for how in ("emptied", "cut middle", "cut last", "flipped first", "flipped middle", "flipped last"):
+            found[GROUPS[7]].append((f"{name}: {how}", lambda a=(name, how): faults.damaged(*a)))
+    report, plot, new = (
+        ("--report", "done"),
+        ("--plot", "done"),
+        ("--finetune", "own.jsonl", "--epochs", "0.5", "--out", "new"),
+    )
+    learn = "--model", "model", *new
+    kept = next((template / "done" / "eval").glob("final-*/TOFU_EVAL.json")).parent.name
+    written = (
+        "config.json log.jsonl memory.json trajectory.jsonl summary.json checkpoint model eval reference.bin .lock".split()
+    )
+    for name, program, argv in [
+        *((f"half/{name}", train.main, resume) for name in written),
+        *((f"done/eval/{n}", evaluation.main, LONGER) for n in (kept, f"{kept}/log.json", f"{kept}/TOFU_EVAL.json")),
+        ("done/eval", evaluation.main, LONGER),
+        ("done/report.html", evaluation.main, report), ("done/trajectory.png", evaluation.main, plot),
+        ("done/.lock", evaluation.main, LONGER), ("out.json", evaluation.main, [*LONGER, "--out", "out.json"]),
+        *((f"model/{n}", train.main, learn) for n in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                                      "chat_template.jinja", "config.json", "generation_config.json")),
+    ]:  # fmt: skip
+        found[GROUPS[8]].append((f"{name} is a link", lambda a=(name, program, *argv): faults.link(*a)))
+    for name, program, argv in [
+        ("model/model.safetensors", evaluation.main, evaluate), ("model/pytorch_model.bin", evaluation.main, evaluate),
+        ("model/tokenizer.json", train.main, learn), ("own.jsonl", train.main, learn),
+        *((f.relative_to(template), train.main, resume)
+          for f in sorted((template / "half").rglob("*.safetensors"))),
+    ]:  # fmt: skip
+        found[GROUPS[8]].append((f"{name} is code", lambda a=(str(name), program, *argv): faults.code(*a)))
+    for name, key, value, program, argv in [
+        *(("sharded/model.safetensors.index.json", "weight_map", value, evaluation.main, ("--model", "sharded", *ON_TOFU))
+          for value in ("../outside/model.safetensors", str(faults.here.parent / "outside/model.safetensors"), "..", "/")),
+        *(("half/config.json", "out", value, train.main, resume) for value in ("../outside", "/", "../outside/new")),
+        ("done/config.json", "out", "../outside", evaluation.main, report),
+        ("model/config.json", "auto_map", "../outside", train.main, learn),
+    ]:  # fmt: skip
+        a = name, key, value, program, *argv
+        found[GROUPS[8]].append((f"{name}: {key} = {value[-30:]}", lambda a=a: faults.leads_out(*a)))
     found[GROUPS[6]] = [(f"--out {name[:30]!r}", lambda name=name: faults.odd_name(name)) for name in NAMES]
     return found
 
