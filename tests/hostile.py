@@ -527,7 +527,7 @@ KINDS = {
     ),
     "journal": Kind(("done/eval/*/journal.jsonl",), RUN, (tofu_main("done", "--max-new-tokens", "3"),), ("new", "done")),
     "experiments": Kind(("results/toy/*.json",), (), (experiments,), ("results",)),
-    "arguments": Kind((), (*MODEL, "done", "logs"), (command,), ("new", "done", "x", "new\n")),
+    "arguments": Kind((), (*MODEL, "done", "logs"), (command,), (".",)),
 }  # fmt: skip
 
 
