@@ -21,6 +21,11 @@ LARGEST = 2**31  # bytes of a text that is read as a whole; a log of all of MUSE
 class UserError(Exception):
     """What a user can mend. The message is one line that names the file, the key or flag, and the remedy."""
 
+    def __str__(self) -> str:
+        """No key of a file and no path's name breaks the line, is a command to the terminal, or fills the screen."""
+        text = "".join(c if c.isprintable() else " " for c in super().__str__())
+        return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+
 
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]
@@ -65,12 +70,15 @@ def parse_json(text: str) -> Any:
     def finite(digits: str) -> float:
         return value if math.isfinite(value := float(digits)) else refuse(digits[:40])
 
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) < 309 else refuse(f"{digits[:40]}...")
+
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+        value = json.loads(text, parse_constant=refuse, parse_float=finite, parse_int=whole)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if re.search(r"\\u[dD][89a-fA-F]", text):
-        json.dumps(value, ensure_ascii=False).encode()  # a UnicodeEncodeError is a ValueError
     return value
 
 
@@ -249,7 +257,7 @@ class JsonLines:
                 if file.write(line) < len(line):  # what a full disk does to the last bytes that fit
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as e:
+        except (OSError, ValueError) as e:  # ValueError: a lone surrogate
             raise room(self.path, e, self.error) from None
         self.records.append(record)
 
@@ -267,7 +275,7 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
     wait(process): called once where another process holds the folder, which is then waited for; None: raises `error`,
     naming the process. Raises OSError where no file can be made in the folder.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     if folder in _held:  # by a caller of ours
         _held[folder] += 1
         try:
@@ -283,21 +291,22 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = int(os.read(handle, 20).strip() or b"0")
+                owner = int(re.sub(rb"\D", b"", os.read(handle, 20)) or b"0")
                 if wait is None:
                     raise error(f"{folder}: process {owner} works in it; wait for its end, or stop it") from None
                 if not asked:
                     wait(owner)
                     asked = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+            if os.fstat(handle).st_nlink:
                 break  # else it was removed by who held it before
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    with contextlib.suppress(OSError):  # no space: it is held all the same
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
     _held[folder] = 1
     try:
         yield
@@ -311,7 +320,9 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal. Raises OSError."""
+    """SHA-256 of a file's bytes, hexadecimal. Raises OSError, also for what is no file (a pipe would be waited for)."""
+    if not os.path.isfile(path):
+        raise OSError(errno.ENOENT, "no such file", str(path))
     found, block = hashlib.sha256(), memoryview(bytearray(2**20))
     with Path(path).open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -321,4 +332,8 @@ def digest(path: Path) -> str:
 
 def within(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, lies in a folder."""
-    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+    real, inside = (
+        os.path.realpath(path),
+        os.path.realpath(folder),
+    )  # not Path.resolve(): a link to itself is its RuntimeError
+    return Path(real).is_relative_to(inside)

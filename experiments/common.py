@@ -37,7 +37,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from bench.machine import pick_dtype  # noqa: E402
 from config import RUNS, make_config, versions  # noqa: E402
-from files import UserError, read_json, read_jsonl, write_json  # noqa: E402
+from files import Field, UserError, fault, read_json, read_jsonl, write_json  # noqa: E402
 from metrics import forget_quality, require_extra, truth_ratio  # noqa: E402
 from tofu import complement  # noqa: E402
 
@@ -343,6 +343,32 @@ def trained_wording(out: Path) -> dict[str, float]:
     return {m: forget_quality(found, ratios["retrained"]) for m, found in ratios.items() if "retrained" in ratios}
 
 
+SHARE = Field(float, 0, 1)
+POINT = dict.fromkeys(("forget_quality", "model_utility", "forget_probability"), SHARE)
+LATER = dict.fromkeys(("language", "forget_quality_trained"), Field(float, 0, 1, required=False))
+TOFU = Field(dict, fields=POINT | LATER | {"parts": Field(dict, items=SHARE)})
+ROUGES = ("forget_verbmem_ROUGE", "forget_knowmem_ROUGE", "retain_knowmem_ROUGE")
+MUSE = Field(dict, fields=dict.fromkeys(ROUGES, SHARE) | {"privleak": Field(float)})
+
+
+def read_records(path: Path) -> dict[str, dict]:
+    """{command line: record} of a results file. Raises UserError naming the record and what is wrong in it."""
+    remedy = "take the repository's, or remove it and run again"
+    records = read_json(path, remedy=remedy, fields={"records": Field(dict, items=Field(dict))})["records"]
+    points = Field(list, 1, items=Field(dict, fields=POINT | {"epoch": Field(float, 0)}))
+    for line, record in records.items():
+        kind, every = MUSE if "--forget muse" in line else TOFU, re.findall(r"--eval-every (\S+)", line)[-1:]
+        fields = {"target": kind, "unlearned": kind, "retrained": dataclasses.replace(kind, required=False)}
+        fields["trajectory"] = dataclasses.replace(points, required=every not in ([], ["0"]))
+        if "error" in record:
+            fields = {"error": Field(str)}
+        elif "requests" in record:
+            fields = {"requests": Field(dict, fields={f"request {k}": MUSE for k in range(1, 5)})}
+        if wrong := fault(record, Field(dict, fields=fields)):
+            raise UserError(f"{path}: record {line!r}: {wrong}; {remedy}")
+    return records
+
+
 class Lab:
     """Where an experiment runs its jobs and leaves its results: `folder`/NAME.json, NAME.md, NAME.png."""
 
@@ -363,7 +389,7 @@ class Lab:
 
         mine, others = {}, {}  # what this experiment has run, and what others of this scale
         for path in self.folder.glob("*.json"):
-            found = read_json(path)["records"]
+            found = read_records(path)
             if path.stem == self.name:
                 mine = found
             else:

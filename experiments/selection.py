@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from unittest import mock
 
-from common import METHODS, RUNS, Job, Lab, Plan, call, do, job, main, markdown, note, share, spread, subplots
+from common import METHODS, RUNS, Job, Lab, Plan, call, do, job, main, markdown, note, read_records, share, spread, subplots
 from tqdm import tqdm
 from wordings import wordings, write_rows
 
@@ -23,7 +23,6 @@ import memory
 import train
 from config import make_config
 from data import Example
-from files import read_json
 from model import load_pretrained
 from tofu import Tofu
 
@@ -97,7 +96,7 @@ def experiment(lab: Lab) -> None:
     if isinstance(lab, Plan):
         lab.run([*jobs.values()])
     kept = lab.folder / f"{lab.name}.json"
-    records = read_json(kept)["records"] if kept.exists() else {}
+    records = read_records(kept) if kept.exists() else {}
     for key, item in tqdm(jobs.items(), desc=lab.name, unit="run"):
         if key not in records:
             call(scale.prepare, forget, item.seed, quiet=True)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import make_tiny
+from helpers import error_of, make_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +26,7 @@ import tofu
 import toy
 import train
 from config import make_config
+from files import UserError
 from inference import Options
 from model import Llama, LlamaConfig, save_pretrained
 
@@ -197,9 +198,10 @@ def test_the_committed_runs_are_of_todays_command_lines(common):
     assert len(committed) > 200 and committed.keys() <= lines
 
 
-OLD = {"unlearned": {"forget_quality": 0.5}, "retrained": {"forget_quality": 1.0}}
-NEW = {"unlearned": {"forget_quality": 0.5, "language": 0.9}, "retrained": {"forget_quality": 1.0}}
-UNMEASURED = {"unlearned": {"forget_quality": None}}  # without a retrained model there is no language
+SCORES = {"forget_quality": 0.5, "model_utility": 0.4, "forget_probability": 0.3, "parts": {"retain_rouge": 0.2}}
+OLD = {"target": SCORES, "unlearned": SCORES, "retrained": SCORES}
+NEW = OLD | {"unlearned": SCORES | {"language": 0.9}}
+UNMEASURED = {"target": SCORES, "unlearned": SCORES}  # without a retrained model there is no language
 BROKEN = {"error": "loss is nan"}
 
 
@@ -216,6 +218,30 @@ def test_a_record_is_made_again_only_where_it_lacks_what_is_needed(tmp_path, com
     enough = [r for r in (mine, theirs) if r and not (needs and r is OLD)]
     assert lab.run([common.Job("forget10", 0, "line")], needs=needs) == [enough[0] if enough else made]
     assert json.loads((lab.folder / "tofu.json").read_text())["records"] == {"line": enough[0] if enough else made}
+
+
+@pytest.mark.parametrize(
+    "line, record, told",
+    [
+        ("toy", {}, "'target' is missing"),
+        ("toy", OLD | {"unlearned": SCORES | {"forget_quality": None}}, "'unlearned.forget_quality' is null"),
+        ("toy", OLD | {"target": SCORES | {"model_utility": "0.4"}}, "'target.model_utility' is"),
+        ("toy", OLD | {"retrained": SCORES | {"parts": [0.1]}}, "'retrained.parts' is a list"),
+        ("toy --eval-every 0 --eval-every 1", OLD, "'trajectory' is missing"),
+        ("toy", OLD | {"trajectory": [SCORES]}, "'trajectory.0.epoch' is missing"),
+        ("toy", {"error": ["nan"]}, "'error' is a list"),
+        ("muse_news", OLD, "'target.forget_verbmem_ROUGE' is missing"),
+        ("muse_news", {"requests": {}}, "'requests.request 1' is missing"),
+    ],
+    ids=str,
+)
+def test_a_record_that_is_none_is_refused_before_any_run(tmp_path, common, monkeypatch, line, record, told):
+    line = f"--forget {line}"
+    monkeypatch.setattr(common, "do", lambda *_: pytest.fail("a run was made"))
+    lab = common.Lab("tofu", dataclasses.replace(common.SCALES["toy"], prepare=common.nothing), tmp_path, processes=1)
+    common.write_json(kept := lab.folder / "tofu.json", {"records": {line: record}})
+    message = error_of(lab.run, [common.Job("forget10", 0, line)], kind=UserError)
+    assert message.startswith(f"{kept}: record '{line}': key ") and told in message and message.endswith("run again")
 
 
 @settings(max_examples=20)
