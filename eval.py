@@ -140,7 +140,7 @@ def plot(run: Path) -> Path:
     axes.axhline(0.05, color="gray", linewidth=0.8, linestyle=":")
     axes.set_xlim(left=0)
     axes.set(yscale="log", xlabel="model utility", ylabel="forget quality (KS p-value)")
-    axes.set_title(f"{report.visible(run.resolve().name)}, by epoch", parse_math=False)
+    axes.set_title(f"{report.visible(os.path.basename(os.path.realpath(run)))}, by epoch", parse_math=False)
     axes.legend()
     try:
         with files.replacing(run / "trajectory.png") as part:
@@ -207,7 +207,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise EvalError("--show: prints rows, and --json prints one object and nothing else; drop one of them")
     if args.out:
         try:
-            folder = Path(args.out).resolve().parent
+            folder = Path(os.path.realpath(args.out)).parent
             existing = next(path for path in (folder, *folder.parents) if path.exists())
             why = "is a folder; name a file" if Path(args.out).is_dir() else ""
             why = why or ("" if existing.is_dir() and os.access(existing, os.W_OK) else f"{existing} cannot be written in")
@@ -251,6 +251,7 @@ def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callabl
 
 
 def main(argv: list[str] | None = None) -> int:
+    files.open_streams()
     args = parse_args(argv)
 
     def say(text: str) -> None:
@@ -259,10 +260,10 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         check_flags(args)
-        if args.plot:
+        if args.plot is not None:
             print(plot(Path(args.plot)))
             return 0
-        if args.report:
+        if args.report is not None:
             print(report.write(Path(args.report), open_source, benchmark_of, args))
             return 0
         require_extra()
@@ -286,8 +287,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"per-item results: {logs[first]['path']}")
         if args.out:
             files.write_json(Path(args.out), summaries)
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

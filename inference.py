@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -156,10 +157,9 @@ def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is for want of memory, of a GPU or of the machine."""
-    known = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in known)
-    )
+    known = "not enough memory|can(no|')t allocate memory|out of memory|ALLOC_FAILED|can't start new thread"
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and bool(re.search(known, str(error), re.I))
 
 
 LESS = "pass --dtype bfloat16 or another --device, or (TOFU) lower --max-new-tokens"

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import html
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,11 @@ def kept_generations(folder: Path, name: str, format_name: str, limit: int, weig
     asked["weights"] = weights
     found: dict[str, str] = {}
     for path in sorted((folder / "eval").glob(f"{name}-*/log.json")):
-        log = read_ours(path, files.read_json(path, EvalError, "remove it", fields=LOG))
+        log = files.read_json(path, EvalError, "remove it", fields={"protocol": files.Field(dict)})
         if all(key in log["protocol"] and log["protocol"][key] == value for key, value in asked.items()):
+            if wrong := files.fault(log, files.Field(dict, fields=LOG)):
+                raise EvalError(f"{path}: {wrong}; remove it")
+            log = read_ours(path, log)
             items = [item for part in ("forget", "retain") for item in log["rows"].get(part, {}).values()]
             found |= {item["question"]: item["generation"] for item in items if "generation" in item}
     return found
@@ -310,7 +314,7 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
 
     sources = {"target": open_source(config["model"], "target", config["tokenizer"], config["prompt"])}
     tokenizer = sources["target"].tokenizer
-    others = {"unlearned": str((run / "model").resolve()), "retrained": config["retain_model"]}
+    others = {"unlearned": os.path.realpath(run / "model"), "retrained": config["retain_model"]}
     for name, folder in others.items():
         if folder:
             sources[name] = open_source(folder, "target", str(tokenizer.folder), tokenizer.format_name)
@@ -336,6 +340,6 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
     names = (*SETTINGS, *(("kappa", "tau", "positions", "pair_from") if anchored else ()))
     settings = {name: config[name] for name in names if config.get(name) is not None}
     against = summary.get("retain_reference", "absent")
-    text = page(run.resolve().name, settings, config, hints, scores, against, trajectory, memory, shown)
+    text = page(os.path.basename(os.path.realpath(run)), settings, config, hints, scores, against, trajectory, memory, shown)
     files.write_text(path := run / "report.html", text)
     return path

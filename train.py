@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -575,9 +574,7 @@ def work(config: Config, out: Path, resume: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who called
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    files.open_streams()
     given, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
     out = Path(given["out"]) if "out" in given else None
     try:
