@@ -58,6 +58,7 @@ class Method:
     coefficient: str | None = None
     values: tuple[float, ...] = ()
     rates: tuple[float, ...] = ()  # its own, in place of the scale's
+    more: str = ""  # flags that all its runs have
 
 
 METHODS = {
@@ -231,7 +232,10 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
 SMOLLM2_FORGET05 = dict(
     forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
     methods={
-        "anchored DiPO": dataclasses.replace(METHODS["anchored DiPO"], values=(0.05,), rates=(4e-4,)),
+        "anchored DiPO": dataclasses.replace(
+            METHODS["anchored DiPO"], values=(0.002,), rates=(4e-4,), more="--beta 0.005"
+        ),
+        "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05,), rates=(4e-4,)),
         "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
     },
     remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
@@ -264,7 +268,7 @@ def job(scale: Scale, forget: str, seed: int, method: Method, setting: dict[str,
     flags = [*scale.flags(forget, seed), "--forget-loss", method.forget_loss, "--retain-loss", method.retain_loss]
     for name, value in setting.items():
         flags += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else value]
-    return Job(forget, seed, " ".join([*flags, *more.split()]))
+    return Job(forget, seed, " ".join([*flags, *method.more.split(), *more.split()]))
 
 
 class Kept(io.StringIO):
@@ -531,6 +535,7 @@ def budget(scale: Scale, methods: dict[str, Method]) -> str:
     rates = ", ".join(f"{r:g}" for r in scale.rates)
     lines = [
         f"{name}: {m.coefficient} {spell(m.values)}" + (f" at lr {spell(m.rates)}" if m.rates else "")
+        + (f" with {m.more}" if m.more else "")
         for name, m in methods.items() if m.coefficient
     ]  # fmt: skip
     start = f"Learning rates {rates} (a method without a coefficient: twice as many), times " if rates else ""
