@@ -36,11 +36,15 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name, x in tensors.items() if not torch.isfinite(x).all()), None)
 
 
-def require_room(folder: Path, model: Llama, remedy: str) -> None:
-    """Raises RunError where the disk of a folder has no room for another checkpoint."""
-    size = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+class NoRoom(RunError):
+    """The disk has too little room for a checkpoint."""
+
+
+def require_room(folder: Path, model: Llama, remedy: str, count: int = 1) -> None:
+    """Raises NoRoom where the disk of a folder has no room for so many checkpoints."""
+    size = count * 3 * sum(p.numel() * p.element_size() for p in model.parameters())
     if (free := shutil.disk_usage(folder).free) < size:
-        raise RunError(f"{folder}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {remedy}")
+        raise NoRoom(f"{folder}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {remedy}")
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -148,7 +152,8 @@ def load_checkpoint(
         )
     for name in GROWN:
         known = manifest["records"].get(name, {"bytes": 0, "sha256": ""})
-        restore(out / name, known["bytes"], known["sha256"], f"remove {folder} to go on from {whole(older)}")
+        if wrong := restore(out / name, known["bytes"], known["sha256"]):
+            raise RunError(f"{out / name}: {wrong}; put it back, or remove {folder} to go on from {whole(older)}")
     return manifest["step"]
 
 
@@ -160,13 +165,16 @@ def whole(folders: list[Path]) -> str:
     return "the start"
 
 
-def restore(path: Path, size: int, sha256: str, remedy: str) -> None:
-    """Cut a file to the `size` bytes that a checkpoint knows. Raises RunError where it begins with others."""
+def restore(path: Path, size: int, sha256: str) -> str:
+    """Cut a file to the `size` bytes that a checkpoint knows; returns what is wrong where it begins with others, or ''."""
     if not size:
         files.remove(path)
-        return
-    data = files.read_bytes(path, RunError, f"put it back, or {remedy}")
+        return ""
+    if not path.is_file():
+        return "is gone"
+    data = path.read_bytes()
     if len(data) < size or hashlib.sha256(data[:size]).hexdigest() != sha256:
-        raise RunError(f"{path}: is damaged; put it back, or {remedy}")
+        return "is damaged"
     with path.open("r+b") as file:
         file.truncate(size)
+    return ""

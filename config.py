@@ -48,7 +48,10 @@ class Config:
     model: str = option("toy", f"model to start from: toy, {', '.join(ALIASES)}, hub id or folder")
     tokenizer: str | None = option(None, "folder or hub id, where the model has no tokenizer", type=str)
     prompt: str = option("auto", f"prompt format: auto, {', '.join(PROMPT_FORMATS)}")
-    forget: str = option("toy_forget10", "tofu_forget01|05|10, muse_news|books, slices A[:300], sums A+B, or a .jsonl file")
+    forget: str = option(
+        "toy_forget10",
+        "tofu_forget01|05|10, muse_news|books, slices A[:300], sums A+B, or a .jsonl, .json, .csv or .parquet file",
+    )
     retain: str | None = option(None, "retain set (default: the forget set's complement)", type=str)
     refusals: str | None = option(None, "file with a refusal per line, for dpo (default: TOFU's, the toy's)", type=str)
     finetune: str | None = option(None, "finetune on this set instead of unlearning", type=str)

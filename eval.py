@@ -63,7 +63,7 @@ def resolve_model(name: str, kind: str) -> str:
     """The folder or hub id that `name` is or, as an alias, stands for; kind: 'target' for the checkpoint finetuned on the
     benchmark, 'base' for the one before. Raises ModelError for a name that is no alias, no folder and cannot be a hub id."""
     if name in ALIASES:
-        return getattr(ALIASES[name], kind)
+        return f"{getattr(ALIASES[name], kind)}@main"  # a hub id also where a folder is called like its owner
     path = local_path(name)
     if "/" not in name and not os.path.exists(path or name):
         raise ModelError(f"--model {name}: neither an alias ({', '.join(ALIASES)}) nor a folder nor a hub id (owner/name)")
@@ -117,9 +117,10 @@ def plot(run: Path) -> Path:
     point, mark = fields | {"epoch": files.Field(float, 0, 1e9)}, files.Field(dict, required=False, fields=fields)
     try:
         points = files.read_jsonl(run / "trajectory.jsonl", EvalError)
+        absent = not (run / "trajectory.jsonl").exists()
         wrong = next((x for p in points if (x := files.fault(p, files.Field(dict, fields=point)))), None)
         if wrong or not points:
-            raise EvalError(f"{run / 'trajectory.jsonl'}: {wrong or 'holds nothing'}")
+            raise EvalError(f"{run / 'trajectory.jsonl'}: {wrong or ('is not there' if absent else 'holds nothing')}")
         summary = files.read_json(run / "summary.json", EvalError, fields={"target": mark, "retrained": mark})
     except EvalError as e:
         raise EvalError(f"{run}: no trajectory of a finished run (train with --eval-every) ({e})") from None
@@ -209,7 +210,7 @@ def check_flags(args: argparse.Namespace) -> None:
         try:
             folder = Path(os.path.realpath(args.out)).parent
             existing = next(path for path in (folder, *folder.parents) if path.exists())
-            why = "is a folder; name a file" if Path(args.out).is_dir() else ""
+            why = "is no file; name one" if os.path.lexists(args.out) and not os.path.isfile(args.out) else ""
             why = why or ("" if existing.is_dir() and os.access(existing, os.W_OK) else f"{existing} cannot be written in")
         except (OSError, ValueError) as e:
             why = f"is no name for a file ({files.first_line(e)})"

@@ -180,14 +180,18 @@ def read_jsonl(path: Path, error: type[UserError] = UserError, remedy: str = "re
 
 def room(path: Path, error: BaseException, what: type[UserError] = UserError) -> UserError:
     """The error of a file that could not be written."""
-    return what(f"{path}: could not be written ({first_line(error)}); free some space, or choose another folder with --out")
+    remedy = "free some space" if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    return what(f"{path}: could not be written ({first_line(error)}); {remedy}, or write elsewhere")
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file, or the names in a folder, on the disk now."""
+    """Have the system put a file, or the names in a folder, on the disk now. Not every file system can for a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -281,7 +285,8 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
     """Hold a folder: no other process that asks has it meanwhile. The system lets go when the process dies, however.
 
     wait(process): called once where another process holds the folder, which is then waited for; None: raises `error`,
-    naming the process. Raises OSError where no file can be made in the folder.
+    naming the process. Raises OSError where no file can be made in the folder. On a file system without locks it says so
+    and goes on.
     """
     folder = Path(os.path.realpath(folder))
     if folder in _held:  # by a caller of ours
@@ -306,6 +311,10 @@ def lock(folder: Path, error: type[UserError] = UserError, wait: Callable[[int],
                     wait(owner)
                     asked = True
                 fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as e:
+                if e.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                print(f"{folder}: its file system has no locks; see that one process works in it", file=sys.stderr)
             if os.fstat(handle).st_nlink:
                 break  # else it was removed by who held it before
         except BaseException:

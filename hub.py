@@ -13,10 +13,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 def local_path(name: str | Path) -> Path | None:
     """The path that a name is, `~` expanded, or None for a hub id, `owner/name` or `owner/name@revision`. What is there is a
-    path; so is what no hub id looks like, and a name in a folder that is there: a typo is not asked for at the hub."""
+    path; so is what no hub id looks like, and a name without revision in a folder that is there: a typo is not asked for at
+    the hub."""
     text = os.path.expanduser(name)
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", text) and ".." not in text
-    return None if hub_id and not os.path.exists(text) and not os.path.isdir(text.split("/")[0]) else Path(text)
+    typo = "@" not in text and os.path.isdir(text.split("/")[0])
+    return None if hub_id and not os.path.exists(text) and not typo else Path(text)
 
 
 def fetch(name: str, patterns: Sequence[str], error: type[UserError], remedy: str, kind: str = "model") -> Path:

@@ -162,7 +162,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or isinstance(error, RuntimeError) and bool(re.search(known, str(error), re.I))
 
 
-LESS = "pass --dtype bfloat16 or another --device, or (TOFU) lower --max-new-tokens"
+LESS = "pass --dtype bfloat16 or another --device, or to eval.py (TOFU) a lower --max-new-tokens"
 
 
 def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
@@ -333,12 +333,12 @@ class Benchmark:
         total = len(texts) + len(prompts) + len(gradients)
         with tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False) as bar:
             for scores in score(model, [text for text in texts if text.key not in done], hidden_id):
+                if wrong := next((key for key, found in scores.items() if not math.isfinite(found["loss"])), None):
+                    key = next(text.example.key for text in texts if text.key == wrong)
+                    why = f"its weights or --dtype {model.compute_dtype} overflow"
+                    raise EvalError(f"{key}: the model's loss is {scores[wrong]['loss']}; {why}")
                 journaled.add(scores)
                 bar.update(len(scores))
-            for text in texts:
-                if not math.isfinite(loss := done[text.key]["loss"]):
-                    why = f"its weights or --dtype {model.compute_dtype} overflow"
-                    raise EvalError(f"{text.example.key}: the model's loss is {loss}; {why}")
             for text in (text for text in gradients if f"{text.key} gradient" not in done):
                 journaled.add({f"{text.key} gradient": gradient_norm(model, text.example, hidden_id)})
                 bar.update()
@@ -367,6 +367,8 @@ class Benchmark:
         protocol |= {"tokenizer": files.digest(tokenizer.path)[:16]}
         key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
         path = folder / "eval" / f"{name}-{key}" / "log.json" if folder else None
+        if folder:  # under another name it is the same evaluation
+            path = next(iter(sorted(folder.glob(f"eval/*-{key}/log.json"))), path)
         if path and folder and not files.within(path, folder):
             raise EvalError(f"{path}: leads out of {folder} by a link; remove it")
         with contextlib.ExitStack() as held:

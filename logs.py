@@ -85,6 +85,10 @@ def read_log(path: str | Path, mean: str = "geometric") -> dict:
             raise EvalError(f"{path}: {wrong}; evaluate that model again")
         stored = (protocol or {}).get("truth_ratio", "geometric")
         rows = {name: _checked(f"{path}: {name}", items, kind, stored, epsilon) for name, items in rows.items()}
+        if not any("truth_ratio" in item for item in rows["forget"].values()) and kind == "ours":
+            raise EvalError(
+                f"{path}: no truth ratios: its forget rows have no 'perturbed_answer'; --model shows what they have"
+            )
         [item["truth_ratio"] for item in rows["forget"].values()]
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         why = f"key {first_line(e)} is missing or malformed"
@@ -238,10 +242,10 @@ def quality_of(log: dict, reference: dict | None, where: str) -> tuple[float | N
     and is compared with the first 300 of the other. Where both know them, answers (row by row), the set's fingerprint,
     protocol, prompt format, mask convention and prompt tokens must agree too. Raises EvalError with the reason.
     """
+    if any("truth_ratio" not in item for x in (log, reference) if x for item in x["rows"]["forget"].values()):
+        return None, "no truth ratios: the forget rows have no 'perturbed_answer'"
     if reference is None:
         return None, where
-    if any("truth_ratio" not in item for x in (log, reference) for item in x["rows"]["forget"].values()):
-        return None, "no truth ratios: the forget rows have no 'perturbed_answer'"
     ours, theirs = (list(x["rows"]["forget"].values()) for x in (log, reference))
     note = ""
     if len(ours) != len(theirs):

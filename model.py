@@ -8,6 +8,7 @@ Other architectures, biases, sliding windows and quantised weights are a ModelEr
 import copy
 import itertools
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,10 +287,9 @@ class Llama(nn.Module):
 
     def frozen_copy(self, norms: bool = False) -> "Llama":
         """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does, or with
-        norms in the compute dtype too, what `save_pretrained` keeps of it."""
-        used = {
-            p: p.detach().to(self.compute_dtype if norms or p.ndim == 2 else p.dtype, copy=True) for p in self.parameters()
-        }
+        norms in the compute dtype too, what `save_pretrained` keeps of it; then it shares what it need not cast."""
+        dtypes = {p: self.compute_dtype if norms or p.ndim == 2 else p.dtype for p in self.parameters()}
+        used = {p: p.detach().to(dtype, copy=not norms) for p, dtype in dtypes.items()}
         # Given by what they are copies of, so that deepcopy does not first copy the parameters as they are.
         return copy.deepcopy(self, {id(p): nn.Parameter(x, requires_grad=False) for p, x in used.items()}).eval()
 
@@ -345,7 +345,9 @@ def resolve_folder(name: str | Path, patterns: Sequence[str] = ("*.json", "*.jin
     if (path := local_path(name)) is None:
         return fetch(str(name), patterns, ModelError, f"or pass a folder: {HOLDS}")
     if not path.is_dir():
-        absent = f"no such folder; pass a folder or hub id (owner/name): {HOLDS}"
+        absent = (
+            f"no such folder; pass a folder or hub id (owner/name, owner/name@main beside a folder called owner): {HOLDS}"
+        )
         raise ModelError(f"{name}: {'is a file; pass its folder' if path.exists() else absent}")
     return path / "model" if (path / "model" / "config.json").exists() and not checkpoint_index(path) else path
 
@@ -384,6 +386,9 @@ def read_config(folder: Path) -> LlamaConfig:
         how = "merge it into its model first (peft's merge_and_unload, then save_pretrained)"
         raise ModelError(f"{folder}: is an adapter ({adapter}); {how}, or remove {adapter} where it is merged already")
     raw = read_json(path, ModelError, f"{again(path)}: {HOLDS}")
+    if "config" in raw and "versions" in raw:
+        finish = f"finish it: python train.py --resume --out {shlex.quote(str(folder))}"
+        raise ModelError(f"{folder}: is a run without its model/, interrupted or still going on; {finish}")
     if (kind := raw.get("model_type")) != "llama":
         raise ModelError(f"{path}: model_type is {kind!r}; only 'llama' (Llama 2 and 3, SmolLM2) is implemented")
     if wrong := fault(raw, Field(dict, fields=CONFIG)):

@@ -10,6 +10,7 @@ import html
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import files
 from data import Example, Row, Tokenizer, fingerprint, pack
 from dipo import LOSSES
 from files import Field, UserError
-from inference import digest_of, pick_device, pick_dtype
+from inference import digest_of, evaluated, pick_device, pick_dtype
 from logs import read_ours
 from metrics import EvalError
 from model import Llama, generate, load_pretrained
@@ -94,20 +95,26 @@ def fill_memory(path: Path, shown: list[Shown]) -> str:
     return f"Memory positions are {record['share']:.0%} of the forget answers' tokens, tau {record['tau']:g} nats."
 
 
-def kept_generations(folder: Path, name: str, format_name: str, limit: int, weights: str) -> dict[str, str]:
+def kept_generations(folder: Path, name: str, format_name: str, limit: int, dtype: str, weights: str) -> dict[str, str]:
     """{question: generation} of the evaluations `folder/eval/NAME-*` that asked in this format for as many tokens, and asked
-    the model with these `digest_of` its weights."""
+    the model with these `digest_of` its weights. Raises EvalError where others were evaluated in these weights' place: what
+    is known of the run is not of this model."""
     asked = {"prompt_format": format_name, "max_new_tokens": limit, "max_total_tokens": None, "mask_quirk": False}
-    asked["weights"] = weights
-    found: dict[str, str] = {}
+    found, evaluated_weights = dict[str, str](), set[str]()
     for path in sorted((folder / "eval").glob(f"{name}-*/log.json")):
         log = files.read_json(path, EvalError, "remove it", fields={"protocol": files.Field(dict)})
-        if all(key in log["protocol"] and log["protocol"][key] == value for key, value in asked.items()):
+        if not all(key in log["protocol"] and log["protocol"][key] == value for key, value in asked.items()):
+            continue
+        if log["protocol"].get("dtype") == dtype:
+            evaluated_weights.add(log["protocol"].get("weights", weights))
+        if log["protocol"].get("weights") == weights:
             if wrong := files.fault(log, files.Field(dict, fields=LOG)):
                 raise EvalError(f"{path}: {wrong}; remove it")
             log = read_ours(path, log)
             items = [item for part in ("forget", "retain") for item in log["rows"].get(part, {}).values()]
             found |= {item["question"]: item["generation"] for item in items if "generation" in item}
+    if evaluated_weights and weights not in evaluated_weights:
+        raise EvalError(f"{folder}: its model is another one than was evaluated; train again, or put that one back")
     return found
 
 
@@ -284,7 +291,7 @@ def read_run(run: Path, benchmark_of: Callable[[str], type]) -> tuple[dict, dict
         raise EvalError(f"{path}: {wrong}; train again")
     if not issubclass(benchmark_of(config["forget"]), Tofu):
         raise EvalError(f"{run}: forgets {config['forget']}, no questions; a report needs a tofu_... or toy_... run")
-    remedy = f"finish the run: python train.py --resume --out {run}"
+    remedy = f"finish the run: python train.py --resume --out {shlex.quote(str(run))}"
     summary = files.read_json(run / "summary.json", EvalError, remedy, fields=SUMMARY)
     if not {"target", "unlearned"} <= summary.keys():
         raise EvalError(f"{run / 'summary.json'}: holds no evaluation; train without --no-eval")
@@ -329,8 +336,10 @@ def write(run: Path, open_source: Callable, benchmark_of: Callable[[str], type],
     everything, limit = [*shown["forget"], *shown["retain"]], config["max_new_tokens"]
     for name, source in sources.items():
         own = run if name == "unlearned" else source.run
-        model = load_pretrained(source.folder, device=device, compute_dtype=dtype)
-        kept = kept_generations(own or run, "final" if own else name, tokenizer.format_name, limit, digest_of(model))
+        model = evaluated(load_pretrained(source.folder, device=device, compute_dtype=dtype))
+        kept = kept_generations(
+            own or run, "final" if own else name, tokenizer.format_name, limit, str(dtype), digest_of(model)
+        )
         for row in everything:
             row.generations |= {name: kept[row.row.question]} if row.row.question in kept else {}
         ask(model, name, everything, tokenizer, limit)

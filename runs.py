@@ -23,6 +23,7 @@ RECORD = {
     "config": Field(dict, fields=FIELDS),
     "data": Field(dict),  # {what: what tells its content}
     "directory": Field(str),  # that paths in data sets' names are relative to
+    "model_commit": Field(str, required=False, null=True),
     "changed": Field(list, required=False),  # what `data` was before --resume-anyway
 }
 
@@ -109,7 +110,7 @@ def inputs(config: Config, rows: dict[str, list], benchmark, source: Source) -> 
         if config.retain_model:
             data["retain_model"] = digests(resolve_folder(resolve_model(config.retain_model, "target")), MODEL_FILES)
         elif (reference := benchmark.reference(config.model, config.retain_logs, None)[0]) is not None:
-            data["retain_logs"] = fingerprint([reference])
+            data["retain_logs"] = fingerprint([{k: v for k, v in reference.items() if k != "path"}])
     return data
 
 
@@ -143,14 +144,19 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def read_config(out: Path, given: dict) -> tuple[Config, Path]:
-    """The config of the run to resume, and the working directory that it was started in. Settings of the machine may be
-    other ones. Raises RunError where another flag says something else."""
+    """The config of the run to resume, and the working directory that it was started in. Settings of the machine, and where
+    its inputs are (`check_inputs` compares what they hold), may be other ones. Raises RunError where another flag says
+    something else. A model of the hub is taken at the commit that the run began with."""
     record = read_record(out)
     config = Config(**record["config"])
     for name, value in given.items():
-        if name not in ("out", *MACHINE) and absolute(name, value) != (old := getattr(config, name)):
+        if name not in MACHINE + PATHS and value != (old := getattr(config, name)):
             raise RunError(f"--resume: {out} was started with {name} = {old!r}; drop {flag_of(name)}, or start anew with it")
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if name in MACHINE})
+    now = {name: absolute(name, value) for name, value in given.items() if name in MACHINE + PATHS}
+    name, commit = config.model, record.get("model_commit")
+    if commit and "model" not in now and name not in ALIASES and "@" not in name:
+        now["model"] = f"{name}@{commit}"
+    config = dataclasses.replace(config, **now)
     validate(config)
     return config, Path(record["directory"])
 

@@ -14,7 +14,19 @@ import logs
 import metrics
 import toy
 from data import DataError, Example, Row, Tokenizer, cut, fingerprint, own_path, parse_rows, read_lines, split_spec
-from inference import Benchmark, Checkpoint, Prompt, Text, Work, find_file, mean_loss, memorization, score, token_losses
+from inference import (
+    Benchmark,
+    Checkpoint,
+    Prompt,
+    Text,
+    Work,
+    evaluated,
+    find_file,
+    mean_loss,
+    memorization,
+    score,
+    token_losses,
+)  # fmt: skip
 from metrics import FORGET_PARTS, MEMBERSHIP, MEMORIZATION, MORE_MEMBERSHIP, UTILITY_PARTS, EvalError, Rows
 from model import Llama
 
@@ -270,7 +282,7 @@ class Tofu(Benchmark):
         has no tokens (see `metrics`); with holdout rows, open-unlearning's `mia_reference` too, the loss minus the retrained
         model's. Only in memory: a kept log holds what its own model decides. An answer is cut where the judge's positions
         end."""
-        judge = load_retrained()
+        judge = evaluated(load_retrained())
         limit = min(judge.config.max_position_embeddings + 1, self.protocol.max_total_tokens or math.inf)
 
         def example(item: dict, text: str) -> Example | None:

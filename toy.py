@@ -112,6 +112,8 @@ def toy_base(seed: int, vocabulary: int, runs: Path, settings: dict) -> Path:
         with files.lock(base.parent, wait=wait):
             if not whole(base):
                 files.remove(base)
+                for folder in (base.parent, base.parent / "tokenizer"):
+                    files.sweep(folder)
                 tokenizer = train_toy_tokenizer(seed, base.parent / "tokenizer", vocabulary)
                 model.save_pretrained(model.Llama(config).init_weights(seed), base, tokenizer)
     return base

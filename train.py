@@ -7,6 +7,7 @@ python train.py --finetune tofu_full --model PATH           make a target or a r
 
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import math
@@ -28,7 +29,7 @@ import eval as evaluation
 import files
 import runs
 import toy
-from checkpoint import RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
+from checkpoint import NoRoom, RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
 from config import BEST, KEPT, RUNS, Config, make_config, parse_args
 from data import DataError, Example, draw, pack
 from dipo import LOSSES, Objective
@@ -213,8 +214,8 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         evaluate_at = {max(1, int(i * config.eval_every * per_epoch)): i * config.eval_every for i in range(1, count + 1)}
         evaluate_at.setdefault(steps, config.epochs)  # the last epoch in any case
     optimizer, position_terms = make_optimizer(model, config), dipo.position_terms
-    if config.save_every != 0 and not checkpoint_step(out):  # now, and not after the first epoch
-        require_room(out, model, "free some, or pass --save-every 0 and another --out")
+    if config.save_every != 0 and not checkpoint_step(out):  # now, and not after hours; one more while the next is written
+        require_room(out, model, "free some, or pass --save-every 0 and another --out", config.keep + 1)
     if "forget" in config.parts and config.objective.selects and checkpoint_step(out) < steps:
         examples = examples | {"forget": mark_memory(model, examples["forget"], examples["retain"], config.tau)}
         record = memory_record(examples["forget"], config.tau)
@@ -240,7 +241,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     def due() -> bool:
         if config.save_every is not None:
             return config.save_every > 0 and (done % config.save_every == 0 or done == steps)
-        return done == steps or done in evaluate_at or time.monotonic() - saved_at > max(60, 50 * cost)
+        return done == steps or time.monotonic() - saved_at > max(60, 50 * cost)
 
     bar = tqdm(total=steps, initial=start, desc="finetune" if config.finetune else "unlearn", unit="step")
     try:
@@ -273,7 +274,11 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 log.add(record)
                 done, whole = step + 1, True
             if due():
-                save()
+                try:
+                    save()
+                except NoRoom as e:  # as long as nothing stops the run, nothing is lost
+                    saved_at, whole = time.monotonic(), True
+                    tqdm.write(f"not saved at step {done}: {first_line(e)}")
             shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
             bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
             bar.update()
@@ -352,7 +357,9 @@ class Evaluations:
             self.load_retrained = partial(load_pretrained, name, device=model.device, compute_dtype=model.compute_dtype)
             self.logs["retrained"] = self.score(self.load_retrained(), "retrained", evaluation.run_folder(name))
         self.reference = benchmark.reference(config.model, config.retain_logs, self.logs.get("retrained"))
-        if benchmark.summary(self.logs["target"], *self.reference)[0].get("forget_quality") is None and self.keep_best:
+        target = benchmark.summary(self.logs["target"], *self.reference)[0]
+        self.least = KEPT * target.get("model_utility", 0.0)
+        if target.get("forget_quality") is None and self.keep_best:
             raise RunError("--keep-best: there is no forget quality without --retain-model or --retain-logs; pass one")
 
     def score(self, model: Llama, label: str, own: Path | None = None) -> dict:
@@ -390,10 +397,9 @@ class Evaluations:
 
     def best(self, records: list[dict]) -> dict:
         """The record of the model to keep, by `config.BEST`; the first of equal ones."""
-        least = KEPT * self.benchmark.summary(self.logs["target"], *self.reference)[0]["model_utility"]
 
         def rank(record: dict) -> tuple[bool, float]:
-            good = record["model_utility"] >= least
+            good = record["model_utility"] >= self.least
             return good, record["forget_quality" if good else "model_utility"]
 
         return max(records, key=rank)
@@ -460,6 +466,7 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
     summary = {"model": str(out / "model")}
     if evaluations and config.keep_best:
         summary["kept"] = evaluations.keep()
+        del model  # before the next one is loaded
         model = load(out / "model")
     elif not (out / "model").exists():
         if name := not_finite(dict(model.named_parameters())):
@@ -591,10 +598,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except OSError as e:
         kept = (
-            f"what was written is kept, go on with: {resume_command(out)}"
-            if out and started(out)
-            else "mend that, or pass another --out"
+            f"what was written is kept, go on with: {resume_command(out)}" if out and started(out) else "pass another --out"
         )
+        if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            kept = "make that folder writable, or work in a copy of it"
         print(f"error: {e}; {kept}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as e:

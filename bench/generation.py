@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.machine import pick_dtype  # noqa: E402
 from data import Example, Tokenizer  # noqa: E402
 from files import UserError  # noqa: E402
-from inference import Text, mean_loss, score  # noqa: E402
+from inference import Text, evaluated, mean_loss, score  # noqa: E402
 from model import Llama, LlamaConfig, generate, load_pretrained, resolve_folder  # noqa: E402
 from tofu import load_rows  # noqa: E402
 
@@ -120,13 +120,6 @@ def generate_ours(model: Llama, prompts: list[list[int]], new_tokens: int, stop:
         chunk = order[start : start + GENERATION_BATCH]
         out |= zip(chunk, generate(model, [prompts[i] for i in chunk], new_tokens, stop), strict=True)
     return [out[i] for i in range(len(prompts))]
-
-
-def evaluated(model: Llama) -> Llama:
-    """What an evaluation computes with."""
-    if any(p.dtype != model.compute_dtype for p in model.parameters() if p.ndim == 2):
-        return model.frozen_copy()
-    return model
 
 
 def in_turns(ours, theirs, turns: int) -> tuple[list[float], list[float], object, object]:

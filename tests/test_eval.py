@@ -1112,7 +1112,7 @@ def test_an_alias_is_its_target_or_base_checkpoint_with_its_prompt_format_and_to
     write_log(folder / "config.json", config | {"vocab_size": 1000})
     monkeypatch.setattr(eval, "resolve_folder", lambda name, *patterns: asked.append(name) or folder)
     source = eval.open_source(alias, kind)
-    assert source.name == eval.resolve_model(alias, kind) == getattr(checkpoint, kind)
+    assert source.name == eval.resolve_model(alias, kind) == f"{getattr(checkpoint, kind)}@main"
     assert asked == [source.name, *([checkpoint.tokenizer] if checkpoint.tokenizer else [])]
     assert source.tokenizer.format_name == checkpoint.prompt and (source.folder, source.run) == (folder, None)
     own = eval.open_source(alias, kind, "my/tokenizer", "plain")  # flags come before what an alias says
