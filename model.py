@@ -364,8 +364,9 @@ CONFIG = {
     **dict.fromkeys("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split(), SIZE),
     **dict.fromkeys(("num_key_value_heads", "head_dim"), replace(SIZE, required=False, null=True)),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN), "tie_word_embeddings": Field(bool, required=False, null=True),
-    "max_position_embeddings": replace(SIZE, required=False), "rms_norm_eps": Field(float, 0, 1, required=False),
-    "initializer_range": Field(float, 0, 1e3, required=False),
+    "max_position_embeddings": replace(SIZE, required=False, null=True),
+    "rms_norm_eps": Field(float, 0, 1, required=False, null=True),
+    "initializer_range": Field(float, 0, 1e3, required=False, null=True),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), Field(dict, required=False, null=True)),
     "dipo": Field(dict, required=False, fields={"prompt_format": Field(str)}),  # ours
 }  # fmt: skip
@@ -422,7 +423,7 @@ def read_config(folder: Path) -> LlamaConfig:
     absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}  # Hugging Face's defaults
     heads, sizes = raw["num_attention_heads"], {name: raw[name] for name, field in CONFIG.items() if field == SIZE}
     config = LlamaConfig(
-        **sizes, **{key: raw.get(key, value) for key, value in absent.items()},
+        **sizes, **{key: value if raw.get(key) is None else raw[key] for key, value in absent.items()},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads,
         rope_theta=float(rope.get("rope_theta") or 10000.0), rope_scaling={"rope_type": kind} | scaling if scaling else None,

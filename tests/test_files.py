@@ -1,5 +1,6 @@
 """files.py: what a file holds is read or refused in one line, and a file is written whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -329,6 +330,27 @@ def test_what_stands_in_an_old_lock_does_not_matter(tmp_path, content):
     os.close(handle)
     with files.lock(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_file_system_without_locks_or_syncs_of_folders_is_worked_on(tmp_path, monkeypatch, capsys):
+    def refused(number):
+        def call(*arguments):
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.fcntl, "flock", refused(errno.ENOSYS))
+        with files.lock(tmp_path):
+            assert "no locks" in capsys.readouterr().err
+        patch.setattr(files.fcntl, "flock", refused(errno.EIO))
+        with pytest.raises(OSError), files.lock(tmp_path):
+            pass
+    monkeypatch.setattr(os, "fsync", refused(errno.EINVAL))
+    files.sync(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError):
+        files.sync(tmp_path / "file")
 
 
 def test_a_lock_behind_a_link_is_not_followed(tmp_path):

@@ -295,9 +295,36 @@ def test_a_changed_retain_log_is_named(cli, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 1, interrupt)
         assert cli(arguments)[0] == 130
+    shutil.copytree("a", "b")
+    assert resume(cli, "b")[0] == 0  # the same log, though named by a relative path at the start
     log["rows"]["forget"]["toy_forget10/1"]["truth_ratio"] = 0.4
     files.write_json(Path("log.json"), log)
     refused(resume(cli, "a"), "retain_logs", "changed since the run began")
+
+
+def test_inputs_may_lie_elsewhere_as_long_as_they_are_the_same(cli, cut):
+    Path("m").rename("moved")
+    refused(resume(cli), "m", "no such folder")
+    assert resume(cli, "cut", "--model", "moved")[0] == 0 and weights("cut") == weights("whole")
+    assert json.loads((cut / "config.json").read_text())["config"]["model"] == str(Path("moved").absolute())
+
+
+def test_a_model_of_the_hub_is_taken_at_the_commit_that_the_run_began_with(cut):
+    path = cut / "config.json"
+    record = json.loads(path.read_text())
+    for name, commit, expected in (
+        ("acme/tiny", "abc", "acme/tiny@abc"), ("acme/tiny@v1", "abc", "acme/tiny@v1"), ("llama2-7b", "abc", "llama2-7b"),
+        ("acme/tiny", None, "acme/tiny"),
+    ):  # fmt: skip
+        changed = record | {"model_commit": commit, "config": record["config"] | {"model": name}}
+        path.write_text(json.dumps(changed))
+        assert runs.read_config(cut, {})[0].model == expected
+    assert runs.read_config(cut, {"model": "m"})[0].model == str(Path("m").absolute())
+
+
+def test_an_unfinished_run_is_no_model(cli, cut):
+    arguments = [*SMALL, "--no-eval", "--out", "b", "--model", str(cut)]
+    refused(cli(arguments), "is a run without its model/", "--resume --out cut")
 
 
 def test_machine_settings_may_change_and_are_recorded(cli, cut):
@@ -419,6 +446,18 @@ def test_without_room_nothing_is_trained_or_lost(cli, monkeypatch):
         patch.setattr(files.JsonLines, "add", full)
         refused(start(cli, "b"), "log.jsonl", "No space left")
     assert resume(cli, "b")[0] == 0 and weights("b") == weights("whole") and records("b") == records("whole")
+
+
+@pytest.mark.usefixtures("cut")
+def test_a_run_goes_on_where_there_is_no_room_for_another_checkpoint(cli, monkeypatch, capsys):
+    one = 3 * sum(x.numel() * 4 for x in load_file("m/model.safetensors").values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, int(1.5 * one)))
+    refused(start(cli), "needs", "--save-every 0")  # the next one is written beside the last
+    free = iter([2 * one, one - 1, 9 * one, one - 1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, next(free)))
+    assert train.main([*SMALL, "--model", "m", "--no-eval", "--out", "b", "--save-every", "1"]) == 0
+    told = capsys.readouterr()
+    assert weights("b") == weights("whole") and (told.out + told.err).count("not saved at step") == 2
 
 
 @pytest.mark.usefixtures("cut")
