@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -420,7 +420,11 @@ def read_config(folder: Path) -> LlamaConfig:
         {"eos_token_id": eos}, Field(dict, fields={"eos_token_id": Field(list, items=replace(TOKEN, null=False))})
     ):
         raise ModelError(f"{generation if 'eos_token_id' in stops else path}: {wrong}; write token ids there")
-    absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}  # Hugging Face's defaults
+    absent: dict[str, Any] = {
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+    }  # Hugging Face's defaults
     heads, sizes = raw["num_attention_heads"], {name: raw[name] for name, field in CONFIG.items() if field == SIZE}
     config = LlamaConfig(
         **sizes, **{key: value if raw.get(key) is None else raw[key] for key, value in absent.items()},

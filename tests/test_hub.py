@@ -243,9 +243,9 @@ def test_rows_of_tofu_are_downloaded_and_sliced(online, hub, repositories):
 
 
 def test_an_alias_is_its_target_model_and_its_retain_log(online, hub, expected_logits):
-    assert evaluation.resolve_model("llama2-7b", "target") == TARGET
+    assert evaluation.resolve_model("llama2-7b", "target") == f"{TARGET}@main"
     source, prompt, logits = online["target"]
-    assert (source, prompt) == (TARGET, "llama2")
+    assert (source, prompt) == (f"{TARGET}@main", "llama2")
     assert close(logits, expected_logits)
     assert online["reference"] == [RATIOS, f"{LOGS.removeprefix('datasets/')}/{RETAIN_LOG}"]
     assert hub.fetched(LOGS) == {RETAIN_LOG}

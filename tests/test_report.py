@@ -198,12 +198,19 @@ def test_kept_generations_are_shown_unless_they_were_asked_for_otherwise(copy):
     log = json.loads(path.read_text())
     for item in log["rows"]["forget"].values():
         item["generation"] = "planted"
-    for limit, weights, count in ((4, 1, report.FORGET_ROWS), (5, 1, 0), (4, 0, 0)):  # 0: of another model in its place
-        log["protocol"]["weights"] *= weights
+    for limit, count in ((4, report.FORGET_ROWS), (5, 0)):
         logs.write_log(path, log | {"protocol": log["protocol"] | {"max_new_tokens": limit}})
         assert evaluate(["--report", str(copy)]) == 0
         found = [line.generation for _, lines in Page((copy / "report.html").read_text()).answers for line in lines.values()]
         assert found.count("planted") == count
+
+
+def test_a_model_in_the_place_of_the_one_that_was_evaluated_is_refused(copy, capsys):
+    [path] = copy.glob("eval/final-*/log.json")
+    log = json.loads(path.read_text())
+    logs.write_log(path, log | {"protocol": log["protocol"] | {"weights": "another"}})
+    assert evaluate(["--report", str(copy)]) == 2
+    assert "its model is another one than was evaluated" in capsys.readouterr().err
 
 
 def test_one_model_is_held_at_a_time(copy, monkeypatch):
