@@ -235,7 +235,6 @@ SMOLLM2_FORGET05 = dict(
         "anchored DiPO": dataclasses.replace(
             METHODS["anchored DiPO"], values=(0.002,), rates=(4e-4,), more="--beta 0.005"
         ),
-        "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05,), rates=(4e-4,)),
         "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
     },
     remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
