@@ -242,7 +242,7 @@ class Tofu(Benchmark):
                     raise DataError(f"{row.key}: occurs twice in the {name} set; evaluate on each row once")
                 texts, prompt = {"answer": answer}, None
                 if name != "holdout":
-                    if not row.perturbed_answers and not self.options.own:
+                    if not row.perturbed_answers and (not self.options.own or name in ("ra", "wf")):
                         raise DataError(f"{row.key}: has no 'perturbed_answer'; evaluate on a *_perturbed set")
                     others = {f"wrong {j}": other for j, other in enumerate(row.perturbed_answers)}
                     others = {"correct": row.paraphrased_answer} | others if row.paraphrased_answer else others

@@ -309,6 +309,8 @@ def test_rows_without_perturbed_answers_and_rows_that_occur_twice_are_named(tiny
     bare = dataclasses.replace(row, perturbed_answers=())
     message = error_of(tofu_rows, tiny.model, tiny.tokenizer, {"forget": [bare]}, kind=DataError)
     assert row.key in message and "perturbed_answer" in message
+    message = error_of(tofu_rows, tiny.model, tiny.tokenizer, {"wf": [bare]}, own=True, kind=DataError)
+    assert row.key in message and "perturbed_answer" in message
     message = error_of(tofu_rows, tiny.model, tiny.tokenizer, {"forget": [row, row]}, kind=DataError)
     assert row.key in message and "twice" in message
 
