@@ -149,6 +149,8 @@ def read_config(out: Path, given: dict) -> tuple[Config, Path]:
     something else. A model of the hub is taken at the commit that the run began with."""
     record = read_record(out)
     config = Config(**record["config"])
+    if config.model == "toy":  # a run keeps the folder; made anew, the toy's models would lie wherever `directory` says
+        raise RunError(f"--resume: {out / 'config.json'}: model is 'toy', which no run keeps; start anew")
     for name, value in given.items():
         if name not in MACHINE + PATHS and value != (old := getattr(config, name)):
             raise RunError(f"--resume: {out} was started with {name} = {old!r}; drop {flag_of(name)}, or start anew with it")

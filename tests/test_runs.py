@@ -322,6 +322,14 @@ def test_a_model_of_the_hub_is_taken_at_the_commit_that_the_run_began_with(cut):
     assert runs.read_config(cut, {"model": "m"})[0].model == str(Path("m").absolute())
 
 
+def test_a_config_that_would_make_the_toy_elsewhere_is_refused(cli, cut, tmp_path):
+    record = json.loads((cut / "config.json").read_text())
+    config = record["config"] | {"model": "toy", "forget": "toy_forget10", "retain": None}
+    (cut / "config.json").write_text(json.dumps(record | {"config": config, "directory": str(tmp_path / "other")}))
+    refused(resume(cli), "model is 'toy'")
+    assert not (tmp_path / "other").exists()
+
+
 def test_an_unfinished_run_is_no_model(cli, cut):
     arguments = [*SMALL, "--no-eval", "--out", "b", "--model", str(cut)]
     refused(cli(arguments), "is a run without its model/", "--resume --out cut")
