@@ -239,7 +239,7 @@ SMOLLM2_FORGET05 = dict(
     },
     remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
 )  # fmt: skip
-SMOKE = {name: METHODS[name] for name in ("GA", "GradDiff", "NPO+GD", "DiPO", "anchored DiPO")}
+SMOKE = {name: METHODS[name] for name in ("NPO+GD", "DiPO", "anchored DiPO")}
 SCALES = {
     "smoke": Scale("smoke", ("forget01",), (0,), (0,), (1e-3,), smoke_flags, prepare_smoke, small=True, methods=SMOKE),
     "toy": Scale("toy", FORGETS, SEEDS, SEEDS[:2], (1e-4, 2e-4, 4e-4, 8e-4), toy_flags, prepare_toy),

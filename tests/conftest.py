@@ -1,6 +1,7 @@
 """Settings shared by all tests: no deadlines, a seed that is printed, one thread, the table of claims at the end."""
 
 import random
+import signal
 from pathlib import Path
 
 import claims
@@ -23,7 +24,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """A fresh hypothesis seed for each run, unless --hypothesis-seed names one."""
+    """A fresh hypothesis seed for each run, unless --hypothesis-seed names one; Ctrl-C as in a terminal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     if config.getoption("--hypothesis-seed") is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     hypothesis.core.global_force_seed = int(config.getoption("--hypothesis-seed"))
