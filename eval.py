@@ -220,7 +220,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def make_benchmark(args: argparse.Namespace) -> Benchmark:
     """What the flags ask for, its data loaded; with --logs, none is, and it is TOFU. Raises as the benchmarks do."""
-    kind, forget = (Tofu, None) if args.logs else (benchmark_of(args.forget), args.forget)
+    kind, forget = (Tofu, None) if args.logs is not None else (benchmark_of(args.forget), args.forget)
     asked = {f.name: getattr(args, f.name) for f in dataclasses.fields(Options) if f.name in args}
     asked |= {"forget": forget, "rows": kind.first_rows(args.forget), "stemmer": False if args.no_stemmer else None}
     return kind(Options(**asked, holdout=True, own=True))
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         require_extra()
         benchmark = make_benchmark(args)
-        if args.logs:
+        if args.logs is not None:
             logs = {"log": scored(args.logs, args.truth_ratio)}
         else:
             logs = evaluate_models(args, benchmark, say)

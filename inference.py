@@ -380,7 +380,10 @@ class Benchmark:
                     tqdm.write(f"not kept: {path.parent} cannot be written ({files.first_line(e)})", file=sys.stderr)
                     path = None
             if path and path.exists():  # by now
-                return logs.read_ours(path) | {"path": str(path)}
+                kept = logs.read_ours(path)
+                if kept["protocol"] != json.loads(json.dumps(protocol)):
+                    raise EvalError(f"{path}: is not of this evaluation; remove it and evaluate again")
+                return kept | {"path": str(path)}
             rows = self.rows(model, tokenizer, label, path and path.with_name("journal.jsonl"))
             log = {"protocol": protocol, "scores": self.aggregate(rows), "rows": rows}
             if path:
