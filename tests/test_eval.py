@@ -356,6 +356,8 @@ def test_a_result_is_reused_for_the_same_protocol_only(tiny, sets, tmp_path, eva
     ]
     paths = {run(**change)["path"] for change in changed}
     assert len(evaluations) == 1 + len(changed) == 1 + len(paths) and first["path"] not in paths
+    Path(first["path"]).write_text(Path(paths.pop()).read_text())  # whole, and another evaluation's
+    assert "is not of this evaluation" in error_of(run)
 
 
 def test_a_result_without_a_run_folder_is_not_kept(tiny, sets, evaluations):
