@@ -161,11 +161,13 @@ def fault(value: Any, field: Field, name: str = "") -> str:
 def read_jsonl(path: Path, error: type[UserError] = UserError, remedy: str = "remove it") -> list[dict]:
     """The objects of a file with one per line; none where there is no such file. A last line without its end is what a
     killed process left, and is not counted. Raises `error`, naming file and line, for a line that is no object."""
-    if not Path(path).exists():
-        return []
-    lines = read_bytes(path, error, remedy).split(b"\n")[:-1]
+    return _objects(path, read_bytes(path, error, remedy), error, remedy) if Path(path).exists() else []
+
+
+def _objects(path: Path, data: bytes, error: type[UserError], remedy: str) -> list[dict]:
+    """Those of `read_jsonl`, of a file's bytes."""
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
             found.append(parse_json(line.decode()))
             if not isinstance(found[-1], dict):
@@ -251,9 +253,9 @@ class JsonLines:
         self.path, self.error = Path(path), error
         if self.path.is_symlink():
             raise error(f"{path}: is a link to another file, which would be written to; remove it")
-        found = read_jsonl(path, error)
+        data = read_bytes(path, error, "remove it") if self.path.exists() else b""
+        found = _objects(self.path, data, error, "remove it")
         self.records = [r for r in found if keep is None or keep(r)]
-        data = self.path.read_bytes() if self.path.exists() else b""
         if len(self.records) < len(found):
             write_text(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
         elif (whole := data.rfind(b"\n") + 1) < len(data):
@@ -349,8 +351,5 @@ def digest(path: Path) -> str:
 
 def within(path: Path, folder: Path) -> bool:
     """Whether a path, links followed, lies in a folder."""
-    real, inside = (
-        os.path.realpath(path),
-        os.path.realpath(folder),
-    )  # not Path.resolve(): a link to itself is its RuntimeError
-    return Path(real).is_relative_to(inside)
+    # Not Path.resolve(): a link to itself is its RuntimeError.
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))

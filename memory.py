@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from data import DataError, Example, pack
 from dipo import token_nll
-from model import Llama
+from model import CHUNK, Llama
 
 CONTEXT = 4  # tokens that the n-gram looks back, at most
 NEAREST = 32  # retain questions that are most like one
 COPY = -1  # the token in place of what an answer copies from its question
 COPIED = 0.9  # a token of the question explains itself
-CHUNK = 2**25  # logits held at a time, as in training
 FLOOR = 0.02  # nothing is less explained than that: at tau = 1.5 nats the reference must give a memory token 0.09 or more
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
+CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
 

@@ -39,7 +39,7 @@ from hints import find_hints
 from inference import PUBLISHED_LOGS, Options, check_length, find_file, out_of_memory, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
-from model import Llama, load_pretrained, save_pretrained
+from model import CHUNK, Llama, load_pretrained, save_pretrained
 from reference import CachedReference, RecomputedReference, Reference
 from runs import Interrupt, Interrupted, opened, require_folder, resume_command, started
 
@@ -47,9 +47,6 @@ TOY_FINETUNE: dict[str, Any] = {"lr": 2e-3, "epochs": 40.0, "batch_size": 32, "m
 
 
 # ---------------------------------------------------------------------------------------------------------------- step
-
-
-CHUNK = 2**25  # logits (positions times vocabulary) that the loss holds at a time: 64 MiB in bfloat16
 
 
 class Part(NamedTuple):

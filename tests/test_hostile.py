@@ -1,4 +1,5 @@
-"""A short sample of hostile.py: mutated files of every kind that the program reads. For the long run see there."""
+"""Short samples of hostile.py, mutated files of every kind that is read, and of faults.py, faults of machine and users.
+For the long runs see there."""
 
 import random
 import subprocess
@@ -12,11 +13,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pyarrow")
 pytest.importorskip("rouge_score")
 
-SCRIPT = Path(__file__).with_name("hostile.py")
 
-
-def test_hostile_input_ends_in_success_or_one_line():
+@pytest.mark.parametrize(
+    "sample", [("hostile.py", "--count", "60"), ("faults.py", "--some", "5")], ids=lambda sample: sample[0]
+)
+def test_hostile_input_and_faults_end_well_or_in_one_line(sample):
     """A process of its own: once autograd has run in one, its children cannot train."""
-    command = [sys.executable, str(SCRIPT), "--count", "60", "--seed", str(random.SystemRandom().randrange(2**32))]
+    script, *size = sample
+    seed = str(random.SystemRandom().randrange(2**32))
+    command = [sys.executable, str(Path(__file__).with_name(script)), *size, "--seed", seed]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:] if not done.stdout else ''}"
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
