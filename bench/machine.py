@@ -22,10 +22,13 @@ def matmul_rate(dtype: torch.dtype, device: str, sizes: tuple[tuple[int, int, in
 
 
 def pick_dtype(name: str, device: str) -> tuple[str, str]:
-    """(dtype, why): 'auto' is bfloat16, but float32 where the machine has no instructions for the other and is slower."""
+    """(dtype, why, with the rates): 'auto' is bfloat16, but float32 where products in bfloat16 are slower. The two are timed
+    in turns and the best of many counts, so that other work on the machine does not decide."""
     if name != "auto":
         return name, "as asked"
-    half, single = (matmul_rate(d, device, ((512, 512, 512),), 2) for d in (torch.bfloat16, torch.float32))
-    if half < single:
-        return "float32", f"because bfloat16 products have {half / single:.2f} times its rate here"
-    return "bfloat16", "the default"
+    half = single = 0.0
+    for _ in range(20):
+        half = max(half, matmul_rate(torch.bfloat16, device, ((512, 512, 512),), 2))
+        single = max(single, matmul_rate(torch.float32, device, ((512, 512, 512),), 2))
+    rates = f"products: bfloat16 {half / 1e12:.2f}, float32 {single / 1e12:.2f} TFLOP/s"
+    return ("float32" if half < single else "bfloat16"), rates

@@ -232,10 +232,11 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
 SMOLLM2_FORGET05 = dict(
     forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
     methods={
+        "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4, 4e-4)),
+        "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05, 0.005), rates=(4e-4,)),
         "anchored DiPO": dataclasses.replace(
-            METHODS["anchored DiPO"], values=(0.002,), rates=(4e-4,), more="--beta 0.005"
+            METHODS["anchored DiPO"], values=(0.002, 0.005), rates=(4e-4,), more="--beta 0.005"
         ),
-        "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4,)),
     },
     remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
 )  # fmt: skip
