@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import distributed
 import files
 import report
 from data import OWN_FILE, PROMPT_FORMATS, Tokenizer
@@ -290,25 +291,25 @@ def main(argv: list[str] | None = None) -> int:
             files.write_json(Path(args.out), summaries)
         sys.stdout.flush()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        distributed.tell(f"error: {e}")
         return 2
     except KeyboardInterrupt:
         kept = args.model and run_folder(args.model)
-        print("\ninterrupted" + ("; the same command goes on from here" if kept else ""), file=sys.stderr)
+        distributed.tell("\ninterrupted" + ("; the same command goes on from here" if kept else ""))
         return 130
     except BrokenPipeError:  # who reads the output has ended, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 141
     except OSError as e:
-        print(f"error: {e}", file=sys.stderr)
+        distributed.tell(f"error: {e}")
         return 2
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        print(f"error: out of memory ({files.first_line(e)}); {LESS}", file=sys.stderr)
+        distributed.tell(f"error: out of memory ({files.first_line(e)}); {LESS}")
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.launch(main))

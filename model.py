@@ -5,11 +5,12 @@ S cached positions. Parameter names and the half-split rotary layout are Hugging
 Other architectures, biases, sliding windows and quantised weights are a ModelError; there is no sampling.
 """
 
+import contextlib
 import copy
 import itertools
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,10 +18,12 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+import files
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
@@ -236,6 +239,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.compute_device: torch.device | None = None  # None: where the parameters are
         self.checkpointing = False  # True: keep each block's input only, and compute it again in the backward pass
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -255,7 +259,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.compute_device or self.lm_head.weight.device
 
     def forward(self, input_ids: Tensor, at: Tensor | None = None, **arguments) -> Tensor:
         """Next-token logits, float32: [B, T, V], or [A, V] for the positions `at` only. Arguments of `hidden_states`."""
@@ -449,9 +453,9 @@ class Stored(NamedTuple):
     name: str  # in the file
     shape: list[int]
 
-    def read(self) -> Tensor:
+    def read(self, rows: slice | None = None) -> Tensor:
         with open_safetensors(self.file) as f:
-            return f.get_tensor(self.name)
+            return f.get_tensor(self.name) if rows is None else f.get_slice(self.name)[rows]
 
 
 def canonical(name: str) -> str:
@@ -491,6 +495,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor, gathered where it is sharded over processes: all of them must ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def open_safetensors(path: Path):
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -512,11 +521,12 @@ def check_sizes(path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> N
 
 def load_pretrained(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None, shard: Callable[[Llama], dict[str, tuple[Tensor, slice]]] | None = None,
 ) -> Llama:  # fmt: skip
     """A Llama from a folder or a hub id. dtype: of the parameters (None: as stored); train with float32. compute_dtype: of
     the activations (None: the parameters'). Each tensor is read straight into its place: loading holds the parameters and
-    one tensor more. Raises ModelError for whatever does not fit exactly."""
+    one tensor more. shard: `distributed.shard`, for parameters in float32 of which each process reads its own rows alone.
+    Raises ModelError for whatever does not fit exactly."""
     folder = resolve_folder(name)
     config, stored = read_config(folder), stored_tensors(folder)
     path, head, embedding = folder / "config.json", "lm_head.weight", "model.embed_tokens.weight"
@@ -545,6 +555,11 @@ def load_pretrained(
         if stored[key].shape != [*p.shape]:
             shapes = f"{stored[key].shape}, config.json asks for {[*p.shape]}"
             raise ModelError(f"{stored[key].file}: '{key}' has shape {shapes}; the two belong to different models")
+    if shard:
+        model.compute_dtype = compute_dtype or torch.float32
+        for key, (place, rows) in shard(model).items():
+            place.copy_(stored[key].read(rows))
+        return model
     # Largest first and each file opened anew: what is mapped beside the parameters is one tensor, and small at the end.
     for key, _ in sorted(expected.items(), key=lambda item: -item[1].numel()):
         tensor = stored[key].read()
@@ -564,25 +579,39 @@ def save_pretrained(
     dtype: to the logits of `frozen_copy(norms=True)`. In bfloat16 that rounds norms that were trained in float32 (see
     docs/running.md); with both, transformers 4 computes nothing. tokenizer_from: a folder whose tokenizer files are copied
     along. prompt: the prompt format that the model was trained in, which config.json keeps. The folder appears whole or not
-    at all. Raises ModelError if it exists already or cannot be written (no space)."""
-    from huggingface_hub import save_torch_state_dict
+    at all. Raises ModelError if it exists already or cannot be written (no space).
+
+    A sharded model is gathered tensor by tensor and written by the first process; all must call."""
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
     if folder.exists():
         raise ModelError(f"{folder}: exists already; remove it or choose another folder")
     raw = model.config.to_dict(model.compute_dtype) | ({"dipo": {"prompt_format": prompt}} if prompt else {})
     special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    dtype, parameters = model.compute_dtype, dict(model.named_parameters())
+    shapes = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    plan = split_torch_state_dict_into_shards(shapes)
     try:
-        with replacing(folder) as part:
-            part.mkdir()
-            for name in TOKENIZER_FILES:
-                if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
-                    check_link(source, ModelError)
-                    (part / name).write_bytes(read_bytes(source, ModelError))
-            write_json(part / "config.json", raw, indent=2)
-            write_json(part / "generation_config.json", special, indent=2)
-            state = {n: p.detach().to(model.compute_dtype) for n, p in model.named_parameters()}
-            save_torch_state_dict(state, part, metadata={"format": "pt"})
+        with replacing(folder) if files.writing else contextlib.nullcontext() as part:
+            if part:
+                part.mkdir()
+                for name in TOKENIZER_FILES:
+                    if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
+                        check_link(source, ModelError)
+                        (part / name).write_bytes(read_bytes(source, ModelError))
+                write_json(part / "config.json", raw, indent=2)
+                write_json(part / "generation_config.json", special, indent=2)
+                if plan.is_sharded:
+                    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                    write_json(part / "model.safetensors.index.json", index, indent=2)
+            for file, names in plan.filename_to_tensors.items():
+                state = dict[str, Tensor]()
+                for name in names:
+                    tensor = whole(parameters[name].detach()).to(dtype)
+                    state |= {name: tensor.cpu().contiguous()} if part else {}
+                if part:
+                    save_file(state, part / file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as e:
         raise ModelError(f"{folder}: could not be written ({first_line(e)}); free some space or choose another") from None
     return folder

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 from checkpoint import RunError
 from data import Example, pack
-from model import Llama
+from model import Llama, whole
 
 IN_MEMORY = 2**32  # bytes of stored states; what is larger lies in a file of the run folder
 
@@ -33,7 +34,7 @@ class CachedReference:
         starts = [0, *itertools.accumulate(e.answer_length for e in examples)]
         self.rows = {e: slice(*ends) for e, ends in zip(examples, itertools.pairwise(starts), strict=True)}
         self.device = model.device
-        self.head = model.lm_head.weight.detach().to(model.compute_dtype, copy=True)
+        self.head = whole(model.lm_head.weight.detach()).to(model.device, model.compute_dtype, copy=True)
         shape = starts[-1], model.config.hidden_size
         size = math.prod(shape) * self.head.element_size()
         place = "in memory"
@@ -55,10 +56,11 @@ class CachedReference:
         print(f"reference: final hidden states at {shape[0]:,} answer positions, {size / 1e6:,.0f} MB {place}", flush=True)
         # Not under no_grad: compiled for training, the model rounds in other places than compiled for inference.
         with tqdm(total=len(examples), desc="reference", unit="sequence", leave=False) as bar:
-            for i in range(0, len(examples), micro_batch_size):
+            for i in range(0, max(distributed.gather(len(examples))), micro_batch_size):  # as many passes on all ranks
                 part = examples[i : i + micro_batch_size]
-                inputs = pack(part).to(model.device).inputs
-                self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = model.hidden_states(**inputs).detach()
+                states = model.hidden_states(**pack(part or examples[:1]).to(model.device).inputs).detach()
+                if part:
+                    self.states[self.rows[part[0]].start : self.rows[part[-1]].stop] = states
                 bar.update(len(part))
 
     def answer_states(self, examples: list[Example]) -> Tensor:
