@@ -36,7 +36,8 @@ KEPT = 0.9
 BEST = f"most forget quality with {KEPT:.0%} of the target's utility, else the most utility"
 # Neither decides a result beyond rounding: a resumed run may change the first, and has found the second by their content.
 MACHINE = (
-    "device", "dtype", "reference", "micro_batch_size", "gradient_checkpointing", "cpu_offload", "compile", "save_every", "keep",
+    "device", "dtype", "reference", "micro_batch_size", "gradient_checkpointing", "cpu_offload", "compile", "save_every",
+    "keep",
 )  # fmt: skip
 PATHS = ("model", "tokenizer", "refusals", "data_dir", "retain_logs", "retain_model", "out")
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import files
 from files import UserError, first_line
 from model import Llama, whole
 
-PATIENCE = 25  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
+PATIENCE = 20  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
 COMPILING = 600  # seconds that a rank may wait for the others where blocks are compiled: each compiles for itself
 T = TypeVar("T")
 
@@ -63,7 +64,7 @@ class Ranks:
             if tries % 100 == 99 and self.store.check([f"alive/{owner}"]):
                 silent = time.time() - float(self.store.get(f"alive/{owner}").decode())
                 if silent > PATIENCE:
-                    raise RankError(lost(f"process {owner} has shown no sign of life for {silent:.0f} s"))
+                    raise RankError(lost(TimeoutError(f"process {owner} has shown no sign of life for {silent:.0f} s")))
             time.sleep(min(0.05, 0.001 * (tries + 1)))
         raise AssertionError
 
@@ -86,7 +87,8 @@ class Ranks:
 _ranks: Ranks | None = None
 
 
-def lost(why: str) -> str:
+def lost(error: BaseException) -> str:
+    why = re.sub(r"\[\S*:\d+\] ?", "", first_line(error))  # places in the sources of gloo
     return f"another process of this run has ended, or does not answer ({why}); see its output, then go on with --resume"
 
 
@@ -129,6 +131,11 @@ def launch(main: Callable[[], int]) -> int:
     except RankError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def launcher() -> str:
+    """What starts a script as this one was started."""
+    return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}" if _ranks else "python"
 
 
 def active() -> bool:
@@ -174,15 +181,20 @@ def tell(message: str) -> None:
     with contextlib.suppress(RuntimeError):  # the store has ended with torchrun
         cause = _ranks.store.compare_set("cause", "", message).decode()
         if _ranks.store.add("told", 1) == 1:
-            print(cause, file=sys.__stderr__, flush=True)
+            print(f"\n{cause.strip()}", file=sys.__stderr__, flush=True)  # below the progress bar
 
 
-def blame(error: Exception, remedy: str = "") -> None:
-    """Keep the reason why a run ends, if it is the first: what the other ranks meet next is a consequence."""
-    if _ranks is not None:
-        why = lost(first_line(error)) if is_lost(error) else str(error)
-        with contextlib.suppress(RuntimeError):
-            _ranks.store.compare_set("cause", "", f"error: {why}" + (f"; {remedy}" if remedy else ""))
+def blame(error: BaseException, remedy: str = "") -> bool:
+    """Keep the reason why a run ends, if it is the first: what the other ranks meet next is a consequence. Returns whether
+    all ranks can still be met: not where one is gone without a word."""
+    if _ranks is None or not isinstance(error, Exception):
+        return True
+    why = lost(error) if is_lost(error) else str(error) or type(error).__name__
+    mine = f"error: out of memory ({first_line(error)}); {remedy}" if remedy else f"error: {why}"
+    try:
+        return _ranks.store.compare_set("cause", "", mine).decode() != mine or not is_lost(error)
+    except RuntimeError:  # the store has ended with torchrun
+        return False
 
 
 def meet() -> None:
@@ -339,7 +351,13 @@ def gathered(model: Llama) -> Llama:
 
 
 def sharded(model: nn.Module) -> bool:
-    return any(hasattr(p, "to_local") for p in itertools.islice(model.parameters(), 1))
+    return hasattr(model, "reshard")
+
+
+def reshard(model: Any) -> None:
+    """Let go of what a forward pass that no backward pass follows leaves gathered."""
+    if sharded(model):
+        model.reshard()
 
 
 def is_lost(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ RECORD = {
 
 
 def resume_command(out: Path, more: str = "") -> str:
-    return f"python train.py --resume --out {shlex.quote(str(out))}{more}"
+    return f"{distributed.launcher()} train.py --resume --out {shlex.quote(str(out))}{more}"
 
 
 def started(out: Path) -> bool:

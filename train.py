@@ -241,6 +241,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         position_terms = compile_step(model)
     # Before the checkpoint is loaded: the model is still the start of the run.
     reference = make_reference(model, config, examples, steps, out) if checkpoint_step(out) < steps else None
+    distributed.reshard(model)
     start = saved = done = load_checkpoint(out, model, optimizer, config.results, anyway)
     log = JsonLines(out / "log.jsonl", error=RunError)
     saved_at, cost, intact = time.monotonic(), 0.0, True  # intact: what the model holds can be saved
@@ -302,12 +303,11 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 if distributed.any_of(model.device, interrupt.wanted):
                     raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as e:
-        if isinstance(e, Exception):
-            distributed.blame(e, less_memory(config, out) if out_of_memory(e) else "")
-        if intact and done > saved:
+        all_there = distributed.blame(e, less_memory(config, out) if out_of_memory(e) else "")
+        if intact and done > saved and all_there:
             try:
+                distributed.meet()
                 with Interrupt():
-                    distributed.meet()
                     save()
             except UserError as unsaved:
                 raise RunError(f"{first_line(e) or 'interrupted'}; {unsaved}") from None
@@ -543,7 +543,7 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         if not distributed.is_lost(e):
             raise
-        distributed.tell(f"error: {distributed.lost(first_line(e))}")
+        distributed.tell(f"error: {distributed.lost(e)}")
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         what = str(e) or "interrupted"
