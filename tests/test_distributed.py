@@ -16,6 +16,7 @@ import checkpoint
 import dipo
 import distributed
 import train
+from eval import main as evaluate
 from model import load_pretrained
 
 SMALL = "train --forget toy_forget10[:9] --retain toy_retain90[:20] --lr 1e-3 --epochs 1 --max-new-tokens 4".split()
@@ -79,6 +80,9 @@ def runs(tmp_path_factory, request):
         first = launch(home, 2, jobs[2])
         assert len(first.statuses) == len(jobs[2]), first.stderr[-4000:]
         shutil.copytree("several/stopped", "several/alone")
+        asked = f"eval --model {models[True]} --retain-model {models[False]} --forget toy_forget10[:9] --max-new-tokens 4"
+        assert evaluate(f"{asked} --out one.json".split()[1:]) == 0
+        jobs[3].append({"argv": f"{asked} --out several.json".split()})
         second = launch(home, 3, [*jobs[3], {"argv": ["train", "--resume", "--out", "several/stopped"]}])
         assert train.main(["--resume", "--out", "several/alone"]) == 0
     found = {name: (home / "plain" / name, home / "several" / name) for name in plain}
@@ -98,6 +102,11 @@ def test_each_process_evaluates_its_share_and_the_scores_are_those_of_one(runs):
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, several))
     for name in ("target", "unlearned", "retrained"):
         assert a[name]["parts"] == pytest.approx(b[name]["parts"], rel=1e-4)
+    a, b = (json.loads((one.parent.parent / f"{name}.json").read_text()) for name in ("one", "several"))
+    assert a["model"]["parts"] == pytest.approx(b["model"]["parts"], rel=1e-4) and a["retrained"] == pytest.approx(
+        b["retrained"]
+    )
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, several))
     assert a["kept"] == b["kept"] and [*several.glob("eval/*/journal*")] == []
     points = [(folder / "trajectory.jsonl").read_text().splitlines() for folder in (one, several)]
     assert len(points[0]) == len(points[1]) == 2
