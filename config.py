@@ -92,7 +92,7 @@ class Config:
     dtype: str = option("auto", "of activations; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
     reference: str = option("cached", "states of one pass before training, or a second model", ("cached", "recompute"))
     gradient_checkpointing: bool = option(False, "keep one activation per block, compute the others again: less memory")
-    compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
+    compile: bool | None = option(None, "torch.compile blocks and loss (default: on a GPU, for long runs)", type=bool)
     # evaluation
     eval: bool = option(True, "evaluate target and unlearned model")
     eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")
