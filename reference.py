@@ -39,7 +39,7 @@ class CachedReference:
         shape = starts[-1], model.config.hidden_size
         size = math.prod(shape) * self.head.element_size()
         gpu, place = self.device.type == "cuda", "in memory"
-        if gpu and size <= ON_GPU * torch.cuda.mem_get_info(self.device)[1]:
+        if keeps(size, self.device):
             place, self.states = "on the GPU", torch.empty(shape, dtype=self.head.dtype, device=self.device)
         elif size > IN_MEMORY:
             place = f"in a file of {file.parent}"
@@ -74,6 +74,11 @@ class CachedReference:
         for place, part in zip(found.split([*map(len, parts)]), parts, strict=True):
             place.copy_(part.pin_memory(), non_blocking=True)  # the file's are not yet
         return found
+
+
+def keeps(size: int, device: torch.device) -> bool:
+    """Whether states of so many bytes stay where they were computed."""
+    return device.type == "cuda" and size <= ON_GPU * torch.cuda.mem_get_info(device)[1]
 
 
 def reserve(file: int, size: int) -> None:
