@@ -279,11 +279,29 @@ def test_generation_through_the_branch_of_gpus_is_the_plain_one(flash, monkeypat
 
 
 class Transfers(TorchDispatchMode):
-    """Records (operator, whether it waits) of all that goes from one device to another."""
+    """Records (operator, whether it waits) of all that goes from one device to another, lists of numbers too."""
 
     def __init__(self):
         super().__init__()
         self.found = list[tuple[str, bool]]()
+        self.patch = pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in ("tensor", "as_tensor"):  # no operator tells of these
+            self.patch.setattr(torch, name, self.watched(name, getattr(torch, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def watched(self, name, make):
+        def call(numbers, *args, device=None, **kwargs):
+            if not isinstance(numbers, torch.Tensor) and device is not None and torch.device(device) != CPU:
+                self.found.append((name, True))
+            return make(numbers, *args, device=device, **kwargs)
+
+        return call
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
