@@ -1,6 +1,7 @@
 """What only a GPU takes, on a CPU: the branch of attention, its kernel played by one that refuses what the real one refuses;
 and on the meta device, whose numbers nobody can read, that nothing waits for one."""
 
+import dataclasses
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,7 +252,7 @@ def test_a_step_through_the_branch_of_gpus_is_the_plain_step(kernel, objective, 
     assert found == pytest.approx(metrics, rel=2e-2, abs=2e-3) and distance(other, gradient) < 2e-2
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_compiled_the_branch_of_gpus_is_one_graph_for_all_lengths(flash, backend):
     (eager, gradient), (_, exact) = step(), step(dtype=torch.float32)
     CALLS.update(forward=0, backward=0)
@@ -323,12 +324,12 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @settings(max_examples=2, phases=[Phase.explicit, Phase.generate])
-@given(st.integers(1, 10), st.sampled_from([2**25, 300 * 7]), st.booleans())
+@given(st.integers(2, 10), st.sampled_from([2**25, 300 * 7]), st.booleans())
 def test_no_pass_waits(kernel, objective, micro, chunk, checkpointing):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "has_flash", lambda device: True)
         patch.setattr(train, "CHUNK", chunk)
-        model = model_of().to("meta")
+        model = model_of(config=dataclasses.replace(SMALL, num_hidden_layers=1)).to("meta")
         model.hidden_states(**data.pack(EVERY[:1]).to("meta").inputs)  # the frequencies go there once
         model.checkpointing = checkpointing
         patch.setattr(reference_module, "keeps", lambda size, device: True)
