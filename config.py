@@ -96,7 +96,7 @@ class Config:
     reference: str = option("cached", "states of one pass before training, or a second model", ("cached", "recompute"))
     gradient_checkpointing: bool = option(False, "keep one activation per block, compute the others again: less memory")
     cpu_offload: bool = option(False, "weights, gradients and moments in host memory, under torchrun: for one small GPU")
-    compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
+    compile: bool | None = option(None, "torch.compile blocks and loss (default: on a GPU, for long runs)", type=bool)
     # evaluation
     eval: bool = option(True, "evaluate target and unlearned model")
     eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")

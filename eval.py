@@ -25,7 +25,7 @@ import report
 from data import OWN_FILE, PROMPT_FORMATS, Tokenizer
 from files import Field, UserError
 from hub import commit_of, local_path
-from inference import LESS, Benchmark, Options, out_of_memory, pick_device, pick_dtype
+from inference import LESS, Benchmark, Options, on_device, out_of_memory, pick_device, pick_dtype
 from metrics import EvalError, require_extra
 from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, recorded_prompt, resolve_folder
 from muse import Muse
@@ -241,7 +241,7 @@ def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callabl
         source = open_source(name, "target", args.tokenizer, args.prompt)
         benchmark.check(source.tokenizer)
         model = load(source)
-        on = f"{device}, {dtype}, protocol {args.protocol}"
+        on = f"{on_device(device, dtype)}, protocol {args.protocol}"
         say(f"{label}: {source.name}  prompt format {source.tokenizer.format_name}, {on}")
         return source, benchmark.evaluate(model, source.tokenizer, source.run, "final", label)
 

@@ -176,11 +176,24 @@ def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
     return max(1, size // 2)
 
 
-def score(model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget=2048) -> Iterator[dict[str, Scores]]:
-    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens, the output head at labels only.
-    hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of memory, it goes on with half
-    the budget. Raises EvalError for a text that is too much for the memory by itself."""
-    done, batch = set[str](), list[Text]()
+def by_memory(device: torch.device, usual: int, each: int) -> int:
+    """How many at a time where each takes so many bytes: `usual`, or on a GPU what half of its free memory holds, with what
+    PyTorch keeps there unused. An estimate: a batch that is too much all the same is halved."""
+    if device.type != "cuda":
+        return usual
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, free // (2 * each))
+
+
+def score(
+    model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget: int | None = None
+) -> Iterator[dict[str, Scores]]:
+    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens (None: 2048, on a GPU `by_memory`), the
+    output head at labels only. hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of
+    memory, it goes on with half the budget. Raises EvalError for a text that is too much for the memory by itself."""
+    c = model.config  # six float32 tensors as large as the logits, as `memorization` has them, and those of a block
+    each = 24 * c.vocab_size + 16 * (c.hidden_size + c.intermediate_size)
+    budget, done, batch = budget or by_memory(model.device, 2048, each), set[str](), list[Text]()
     while True:
         try:
             for batch in batches([text for text in texts if text.key not in done], budget):
@@ -211,11 +224,11 @@ def gradient_norm(model: Llama, example: Example, hidden_id: int | None = None) 
 
 
 def evaluated(model: Llama) -> Llama:
-    """The model as it is evaluated: as `save_pretrained` keeps it, cast once, not in every step of generation."""
+    """The model as it is evaluated: as `save_pretrained` keeps it, cast once, not in every step of generation; and always a
+    plain one, because what is compiled for training would be compiled again, block by block, for longer than that saves."""
     if distributed.sharded(model):
         return distributed.gathered(model)
-    cast = any(p.dtype != model.compute_dtype for p in model.parameters())
-    return model.frozen_copy(norms=True) if cast else model
+    return model.frozen_copy(norms=True)
 
 
 def digest_of(model: Llama) -> str:
@@ -291,7 +304,7 @@ class Benchmark:
     load_sets: Callable[[], dict[str, list]]  # -> {set: rows}, all that an evaluation reads
     record: Callable[[Tokenizer], dict]  # -> what decides the results, besides model and dtype
     plan: Callable[[Tokenizer], dict[str, dict[str, Work]]]  # -> {part: {key: work}}
-    batch_size: int  # of generation
+    batch_size: int  # of generation, but on a GPU (`by_memory`)
     shorter = "take a model with more"  # what to do about a generation beyond the model's positions
     item: Callable[[str, Work, dict[str, Any]], dict]  # (part, work, {key: scores or generation as it is}) -> what is kept
     aggregate: Callable[[Rows], dict]  # items -> scores
@@ -356,7 +369,11 @@ class Benchmark:
             for text in share([text for text in gradients if f"{text.key} gradient" not in done]):
                 journaled.add({f"{text.key} gradient": gradient_norm(model, text.example, hidden_id)})
                 bar.update(distributed.world())
-            prompts, size = [prompt for prompt in prompts if prompt.key not in done], self.batch_size
+            prompts, c = [prompt for prompt in prompts if prompt.key not in done], model.config
+            longest = max((len(prompt.ids) + prompt.limit for prompt in prompts), default=1)
+            cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.compute_dtype.itemsize
+            each = longest * (cached + 16 * (c.hidden_size + c.intermediate_size)) + 12 * c.vocab_size
+            size = by_memory(model.device, self.batch_size, each)
             for _, group in itertools.groupby(share(sorted(prompts, key=lambda p: p.order)), key=lambda p: p.order[0]):
                 left = list(group)
                 while batch := left[:size]:
@@ -489,6 +506,12 @@ def pick_device(device: str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as e:
         raise EvalError(f"--device {device}: not usable here ({files.first_line(e)})") from None
+
+
+def on_device(device: torch.device, dtype: torch.dtype) -> str:
+    """What a run says of them."""
+    slow = device.type == "cuda" and dtype == torch.float32
+    return f"{device}, {dtype}" + (" (slow on a GPU: attention goes sequence by sequence)" if slow else "")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

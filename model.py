@@ -7,6 +7,7 @@ Other architectures, biases, sliding windows and quantised weights are a ModelEr
 
 import contextlib
 import copy
+import inspect
 import itertools
 import math
 import shlex
@@ -28,6 +29,7 @@ from files import Field, UserError, fault, first_line, read_bytes, read_json, re
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
 
@@ -143,20 +145,30 @@ class KVCache:
         return order
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether `varlen_attn` runs there: on GPUs from compute capability 8.0, which is not that of a T4 or V100."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class Packing:
     """Sequences back to back in one row: each attends causally to itself alone."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.lengths, self.longest = list(lengths), max(lengths)
-        self.borders = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+    def __init__(self, lengths: Sequence[int], device: torch.device, borders: Tensor | None = None):
+        """borders: [B + 1] int32 on the device, where each sequence starts and the last one ends; None: made here."""
+        self.lengths, self.longest, self.flash = list(lengths), max(lengths), has_flash(device)
+        ends = [0, *itertools.accumulate(self.lengths)]
+        self.borders = torch.tensor(ends, dtype=torch.int32, device=device) if borders is None else borders
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, H, N, K], k and v [1, G, N, K] -> [1, H, N, K]."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            repeat = q.shape[1] // k.shape[1]
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
+        # The kernel takes head sizes in steps of 8 up to 256, and above 192 not every card has its backward pass.
+        if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
+            how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
+            if not GROUPED:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             ends = self.borders, self.borders, self.longest, self.longest
-            return cast(Tensor, varlen_attn(q, k, v, *ends, window_size=(-1, 0))).transpose(0, 1)[None]
+            return cast(Tensor, varlen_attn(q, k, v, *ends, **how)).transpose(0, 1)[None]
         return self._one_by_one(q, k, v)
 
     @torch.compiler.disable  # the lengths are another at every step: nothing to compile for
@@ -267,20 +279,22 @@ class Llama(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor, at: Tensor | None = None, *, positions: Tensor | None = None, cache: KVCache | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None, borders: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
         input_ids: [B, T] int64, padded on the right: causal attention never sees that padding.
         at: [A] int64, into the B * T positions one row after the other.
         lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` (rotary) restart with each.
+        borders: as of `Packing`.
         cache: filled with the packed sequences; without `lengths`, input_ids [B, 1] are the next position of each row.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] if positions is None else positions
-        angles = positions[..., None].float() * self.frequencies.to(input_ids.device)  # [B, T, K/2]
+        self.frequencies = self.frequencies.to(input_ids.device)  # once: a GPU would be waited for in every pass
+        angles = positions[..., None].float() * self.frequencies  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
-        packing = Packing(lengths, x.device) if lengths is not None else None
+        packing = Packing(lengths, x.device, borders) if lengths is not None else None
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, packing, use_reentrant=False)
