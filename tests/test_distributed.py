@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ from model import load_pretrained
 
 SMALL = "train --forget toy_forget10[:9] --retain toy_retain90[:20] --lr 1e-3 --epochs 1 --max-new-tokens 4".split()
 PAIRS = [(f, r) for f in dipo.loss_names("forget") for r in (*dipo.loss_names("retain"), "none")]
-SAMPLE = 6  # pairs of losses of a run of the suite
+SAMPLE = int(os.environ.get("PAIRS", "5"))  # of pairs of losses; PAIRS=40 tries all but a few, and compiles some
 
 
 def records(folder: Path) -> list[dict]:
@@ -54,7 +55,7 @@ def runs(tmp_path_factory, request):
         sizes = ["--batch-size", rng.randint(3, 7), "--micro-batch-size", rng.randint(1, 4)]
         memory = ["--tau=-4"] if losses[1] != "none" else ["--positions", "all"]
         more = ["--gradient-checkpointing"] * rng.randint(0, 1) + memory * losses[0].startswith("anchored")
-        more += ["--max-grad-norm", "0.5"] * rng.randint(0, 1)
+        more += ["--max-grad-norm", "0.5"] * rng.randint(0, 1) + ["--compile"] * (SAMPLE > 9 and rng.random() < 0.1)
         both = ["--model", models[rng.random() < 0.5], "--forget-loss", losses[0], "--retain-loss", losses[1]]
         return [*SMALL, *map(str, [*both, *sizes, *more])]
 
@@ -67,6 +68,9 @@ def runs(tmp_path_factory, request):
         plain[name] = argv
     evaluated = [*flags(("dipo", "gd")), "--epochs", "2", "--eval-rows", "5", "--eval-every", "1", "--keep-best"]
     evaluated += ["--retain-model", str(models[True])]
+    offloaded = [*flags(("npo", "gd")), "--no-eval"]
+    jobs[2].append({"argv": [*offloaded, "--cpu-offload", "--out", "several/offloaded"]})
+    plain["offloaded"] = offloaded
     jobs[2].append({"argv": [*evaluated, "--out", "several/evaluated"]})
     plain["evaluated"] = evaluated
     long = [*SMALL, "--model", str(models[False]), "--batch-size", "2", "--epochs", "2", "--no-eval"]
