@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dipo  # noqa: E402
 import train  # noqa: E402
 from bench.machine import matmul_rate  # noqa: E402
-from bench.step import work  # noqa: E402
+from bench.setting import work  # noqa: E402
 from config import Config  # noqa: E402
 from data import Example, Tokenizer, draw  # noqa: E402
 from files import UserError  # noqa: E402
