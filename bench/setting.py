@@ -18,6 +18,7 @@ SHAPES = {
     "smollm2-360m": LlamaConfig(49152, 960, 2560, 32, 15, 5, 64, 2048, tie_word_embeddings=True),
     "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 2048, tie_word_embeddings=True),
     "llama2-7b": LlamaConfig(),
+    "tiny": LlamaConfig(512, 96, 160, 3, 6, 3, 16, 512, tie_word_embeddings=True),
     "small": LlamaConfig(49152, 256, 688, 8, 4, 4, 64, 2048, tie_word_embeddings=True),
 }
 
