@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,60 @@ def test_available_memory_is_the_machines_or_the_containers(tmp_path):
     for limit, expected in (("max", 5000 * 1024), ("4000000", 1500000), ("99000000", 5000 * 1024)):
         (group / "memory.max").write_text(limit + "\n")
         assert available_memory("cpu", tmp_path) == expected
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """(the module, a function of its parts: rehearse them, -> (exit status, {part: how it ended}))."""
+    bench = script("gpu")
+    monkeypatch.setattr(bench.train, "compile_step", lambda model: dipo.position_terms)
+
+    def rehearse(call: str, *parts: str) -> tuple[int, dict[str, str]]:
+        flags = ["--device", "cpu", "--tiny", "--out", str(tmp_path), *(["--only", ",".join(parts)] if parts else [])]
+        status = bench.main([call, *flags])
+        return status, json.loads((tmp_path / f"gpu-{call}.json").read_text())["status"]
+
+    return bench, rehearse
+
+
+def test_what_a_gpu_must_compute_rightly_is_rehearsed_on_the_cpu(gpu, monkeypatch):
+    bench, rehearse = gpu
+    parts = "attention", "gradients", "generation"
+    assert rehearse("1", *parts) == (0, dict.fromkeys(parts, "ok"))
+    exact = bench.Packing.attend
+    monkeypatch.setattr(
+        bench.Packing, "attend", lambda self, q, k, v: exact(self, q, k, v * (1.02 if q.dtype != torch.float64 else 1))
+    )
+    status, ended = rehearse("1", "attention")
+    assert status == 1 and ended["attention"].startswith("WRONG: attention with 9 heads, 3 groups of 64")
+
+
+def test_a_part_that_fails_does_not_stop_the_next(gpu, monkeypatch, capsys):
+    bench, rehearse = gpu
+
+    def broken(b):
+        raise ValueError("no such kernel")
+
+    def fine(b):
+        return {"n": 1}
+
+    for name, status in (("attention", 1), ("steps", 0)):  # the first must be right, the second only measures
+        broken.__name__ = name
+        monkeypatch.setitem(bench.CALLS, "1", [broken, fine])
+        assert rehearse("1") == (status, {name: "failed: no such kernel", "fine": "ok"})
+        assert "ValueError: no such kernel" in capsys.readouterr().err
+
+
+def test_open_unlearning_gets_our_prompt():
+    from bench.peer import summary, template_of
+    from data import PROMPT_FORMATS
+
+    for name in ("smollm2", "llama2"):
+        t = template_of(argparse.Namespace(format=PROMPT_FORMATS[name]))
+        prompt = (
+            t["system_prompt_with_special_tokens"] + t["user_start_tag"] + "Who?" + t["user_end_tag"] + t["asst_start_tag"]
+        )
+        assert "{bos}" * (name == "llama2") + prompt == PROMPT_FORMATS[name].prompt.format(question="Who?", bos="{bos}")
+    turns = {"ours": [(1.0, None), (2.0, None), (1.0, None)], "open-unlearning": [(3.0, None), (8.0, None), (2.0, None)]}
+    found = summary(turns, 6e9, 2e9)
+    assert (found["ratio"], found["floor"], found["median"]["ours"]) == (3.0, 3.0, 1.0)
