@@ -119,8 +119,10 @@ def predicted_memory(
         loss = 4 * c.vocab_size * tokens * (3.5 if variant == "field-npo" else 8) + 4 * parameters  # and the second model
     else:
         chunk = max(max(answers), of_role if variant == "ours-one-chunk" else min(of_role, CHUNK // c.vocab_size))
-        loss = chunk * c.vocab_size * (3 * size + 8) + head * (2 * size + (2 if size == 2 else 0))
-        loss += size * parameters if variant == "ours-recompute" else 0
+        of_logit, of_head = 2 * size + 4, size + (2 if size == 2 else 0)  # and the reference's, of DiPO
+        if not variant.startswith("finetune"):
+            of_logit, of_head = of_logit + size + 4, of_head + size
+        loss = chunk * c.vocab_size * of_logit + head * of_head + (size * parameters if variant == "ours-recompute" else 0)
     depth = 1 if args.gradient_checkpointing or variant == "ours-checkpointing" else c.num_hidden_layers
     blocks = depth * of_token * tokens + (c.num_hidden_layers - depth) * size * c.hidden_size * tokens
     if depth > 1 and size == 2:
