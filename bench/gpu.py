@@ -68,11 +68,12 @@ class Bench:
         known = {"model": None, "data_dir": None, "vocab": None, "length": None, "shape": self.shape, "batch": batch}
         return argparse.Namespace(**known, dtype=dtype, device=device or self.device)
 
-    def run(self, *command: str, timeout: float = 1e9) -> str:
-        """What a command prints. Raises RuntimeError with the end of it where it fails."""
+    def run(self, script: str, *flags: str, timeout: float = 1e9) -> str:
+        """What a script prints; its folder is OUT. Raises RuntimeError with the end of it where it fails."""
+        command = [sys.executable, str(ROOT / script), *flags]
         try:
             done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                command, cwd=self.out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 timeout=max(1, min(timeout, self.left)),
             )  # fmt: skip
         except subprocess.TimeoutExpired as e:
@@ -100,7 +101,7 @@ def parts_of(examples: dict[str, list[Example]]) -> dict[str, train.Part]:
 
 
 def quiet_reference(model: Llama, examples: dict[str, list[Example]], size: int, out: Path) -> CachedReference:
-    with contextlib.redirect_stdout(None):
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         return CachedReference(model, [e for x in examples.values() for e in x], size, out / "reference.bin")
 
 
@@ -344,15 +345,17 @@ def losses(folder: Path) -> list[float]:
 def kills(b: Bench) -> dict:
     """Runs that are stopped by SIGTERM and by SIGKILL, and gone on with, end as one that nothing stopped."""
     base = toy.toy_base(0, 400 if b.tiny else 1000, b.out / "kills", {})
-    shared = ["train.py", "--device", b.device, "--model", str(base), "--forget", "toy_forget10", "--center", "--no-eval"]
+    shared = ["--device", b.device, "--model", str(base), "--forget", "toy_forget10", "--center", "--no-eval"]
     shared += ["--forget-loss", "dipo", "--retain-loss", "dipo", "--lr", "1e-3", "--batch-size", "8", "--save-every", "3"]
     shared += ["--epochs", "2" if b.tiny else "6", "--no-compile", "--out"]
     folders = {name: b.out / "kills" / name for name in ("whole", "SIGTERM", "SIGKILL")}
-    b.run(*shared, str(folders["whole"]), timeout=240)
+    b.run("train.py", *shared, str(folders["whole"]), timeout=240)
     expected, found = losses(folders["whole"]), {}
     for name in ("SIGTERM", "SIGKILL"):
         process = subprocess.Popen(
-            [sys.executable, *shared, str(folders[name])], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, str(ROOT / "train.py"), *shared, str(folders[name])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         until = time.monotonic() + min(120, b.left)
         while process.poll() is None and len(losses(folders[name])) < 4 and time.monotonic() < until:
