@@ -27,10 +27,11 @@ from tqdm import tqdm
 import dipo
 import eval as evaluation
 import files
+import plan
 import runs
 import toy
 from checkpoint import NoRoom, RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
-from config import BEST, KEPT, RUNS, Config, make_config, parse_args
+from config import BEST, KEPT, RUNS, Config, Plan, make_config, parse_args
 from data import DataError, Example, draw, pack
 from dipo import LOSSES, Objective
 from eval import Source, benchmark_of
@@ -39,7 +40,7 @@ from hints import find_hints
 from inference import PUBLISHED_LOGS, Options, check_length, find_file, out_of_memory, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
-from model import CHUNK, Llama, load_pretrained, save_pretrained
+from model import Llama, chunk_positions, device_memory, load_pretrained, save_pretrained
 from reference import CachedReference, RecomputedReference, Reference
 from runs import Interrupt, Interrupted, opened, require_folder, resume_command, started
 
@@ -105,7 +106,7 @@ def compute_gradients(
     logged: dict[str, Tensor | float] = {f"{key}/{role}": 0.0 for role in parts for key in ("loss", "nll")}
     anchored = [role for role, part in parts.items() if LOSSES[part.loss].anchored]
     logged |= {f"margin/{role}": 0.0 for role in paired} | {f"anchor/{role}": 0.0 for role in anchored} | {"swapped": 0}
-    chunk = max(1, CHUNK // model.config.vocab_size)  # positions
+    chunk = chunk_positions(model.config.vocab_size, device_memory(model.device))
 
     def terms_of(role: str, hidden: Tensor, targets: Tensor, memory: Tensor, ref_hidden: Tensor | None = None):
         """`position_terms` from final hidden states, [positions, D]."""
@@ -582,6 +583,9 @@ def main(argv: list[str] | None = None) -> int:
     given, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
     out = Path(given["out"]) if "out" in given else None
     try:
+        if isinstance(resume, Plan):
+            print(plan.report(make_config(given), resume))
+            return 0
         if resume and out is None:
             raise RunError("--resume: name the run folder with --out")
         new, directory = None if resume else make_config(given), Path.cwd()
