@@ -7,10 +7,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import files
 from files import Field, UserError, first_line, read_json
@@ -69,7 +71,7 @@ def save_checkpoint(
     folder = out / "checkpoint" / str(step)
     names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     weights = {n: p.detach().contiguous() for p, n in names.items()}
-    moments = {f"{names[p]}/{k}": v.contiguous() for p, s in optimizer.state.items() for k, v in s.items()}
+    moments = {n: x.contiguous() for n, x in flat_state(optimizer, {n: p for p, n in names.items()}).items()}
     if name := not_finite(weights | moments):
         raise RunError(f"step {step}: {name} is not finite (overflow); start anew with a lower --lr")
     try:
@@ -126,9 +128,8 @@ def load_checkpoint(
     try:
         manifest = verified(folder)
         parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-        moments = {f"{n}/{k}": p for n, p in parameters.items() for k in ("exp_avg", "exp_avg_sq")}
-        steps = {f"{n}/step": torch.tensor(0.0) for n in parameters}
-        for file, expected in zip(TENSORS, (parameters, {**moments, **steps}), strict=True):
+        moments = flat_state(optimizer, parameters)
+        for file, expected in zip(TENSORS, (parameters, moments), strict=True):
             with torch.no_grad(), safe_open(folder / file, "pt") as f:
                 if {*f.keys()} != {*expected}:
                     raise RunError(f"{file} does not hold what the model and its optimizer are made of")
@@ -136,13 +137,9 @@ def load_checkpoint(
                     tensor = f.get_tensor(name)
                     if tensor.shape != like.shape or tensor.dtype != like.dtype or not_finite({name: tensor}):
                         raise RunError(f"{file}: {name} has another shape or type, or is not finite")
-                    if name in steps and tensor != manifest["step"]:
+                    if name.endswith("/step") and tensor != manifest["step"]:
                         raise RunError(f"{file}: {name} is {tensor:g}")
-                    if file == TENSORS[0]:
-                        parameters[name].copy_(tensor)
-                    else:
-                        of, moment = name.rsplit("/", 1)
-                        optimizer.state[parameters[of]][moment] = tensor.to(model.device)
+                    like.copy_(tensor)
     except (OSError, SafetensorError, UserError, ValueError, RuntimeError) as e:
         raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove it to go on from {whole(older)}") from None
     if manifest["settings"] != settings and not anyway:
@@ -178,3 +175,31 @@ def restore(path: Path, size: int, sha256: str) -> str:
     with path.open("r+b") as file:
         file.truncate(size)
     return ""
+
+
+def empty_state(optimizer: Any, p: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the optimizer's first step would begin with: AdamW's moments, or torchao's of 8 bits."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        zeros = {moment: torch.zeros_like(p, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=p.device), **zeros}
+    moments = {"exp_avg": optimizer._new_buffer(p, True), "exp_avg_sq": optimizer._new_buffer(p, False)}
+    return {"step": torch.zeros(()), **moments}
+
+
+def parts(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: x}, or {name/part: tensor} of one that is made of several: a moment of 8 bits of codes, scale and qmap."""
+    if not is_traceable_wrapper_subclass(x):
+        return {name: x}
+    return {k: v for part in x.__tensor_flatten__()[0] for k, v in parts(f"{name}/{part}", getattr(x, part)).items()}
+
+
+def flat_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as plain tensors, {parameter/moment: tensor} as `parts`, in its own memory: to restore it, copy
+    into them. Made where there is none yet."""
+    flat = dict[str, torch.Tensor]()
+    for name, p in parameters.items():
+        if not (state := optimizer.state[p]):
+            state.update(empty_state(optimizer, p))
+        for moment, x in state.items():
+            flat |= parts(f"{name}/{moment}", x)
+    return flat

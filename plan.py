@@ -16,7 +16,7 @@ from checkpoint import RunError
 from config import AUTO, TOFU_LENGTHS, Config, Plan, lengths
 from dipo import LOSSES
 from eval import resolve_model
-from model import Llama, LlamaConfig, chunk_positions, read_config, resolve_folder
+from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
 SPARE = 0.9  # of the memory that is free: what a micro-batch chosen here may take
@@ -53,7 +53,8 @@ class Pass(NamedTuple):
 
     tokens: int
     answers: int  # positions that predict an answer token
-    whole: bool = False  # it is the only pass of its step
+    alike: int  # of these, of the set that has more: losses are of one set at a time
+    first: bool = False  # of its step: there are no gradients yet
 
 
 class Machine(NamedTuple):
@@ -92,26 +93,31 @@ def ways(config: Config, machine: Machine) -> tuple[int, bool]:
     return 2 if half else 4, machine.card > 0 if config.compile is None else config.compile
 
 
+def kept_of_block(c: LlamaConfig, size: int, wide: int, compiled: bool) -> int:
+    """Bytes per token that the backward pass keeps of a block: norms, what goes into matrices, attention, the MLP's middle.
+    size: bytes of an activation; wide: of those of attention."""
+    d, f, q, g = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = 4 * size * d if compiled else 16 * d + 2 * size * d
+    return norms + size * (q + (3 if compiled else 4) * f) + 2 * wide * (q + g) + 4 * c.num_attention_heads + 8
+
+
 def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[str, int]:
-    """{what: bytes} on a rank's device at the fullest moment of a step: in the loss of its last pass, or at the end of the
-    backward pass. Counted from model.py and train.compute_gradients; bench/memory.py compares it with what is measured."""
-    (n, answers, whole), d, f = work, c.hidden_size, c.intermediate_size
-    q, g = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    """{what: bytes} on a rank's device at the fullest moment of a pass: in its loss, or at the end of its backward pass.
+    Counted from model.py and train.compute_gradients; bench/memory.py compares it with what is measured."""
+    (n, answers, alike, first), d, f = work, c.hidden_size, c.intermediate_size
     size, compiled = ways(config, machine)
     cast = 0 if size == 4 else size  # what `Linear` makes of each number of a weight
     wide = size if machine.card else 4  # attention's, which is float32 on CPUs
     block, root = (sum(map(math.prod, shapes)) for shapes in parameters(c))
     head, layers = c.vocab_size * d, c.num_hidden_layers
-    # What the backward pass keeps of a block, bytes per token: norms, what goes into matrices, attention, the MLP's middle.
-    norms = 4 * size * d if compiled else 16 * d + 2 * size * d
-    kept = norms + size * (q + (3 if compiled else 4) * f) + 2 * wide * (q + g) + 4 * c.num_attention_heads + 8
+    kept = kept_of_block(c, size, wide, compiled)
     blocks, casts = layers * kept * n, layers * cast * block
     backward = n * (3 * size * f + 12 * d) + (4 + cast) * d * f  # beside it: gradients within a block, of one matrix
     if config.gradient_checkpointing:
         blocks, casts, backward = layers * size * d * n, 0, backward + kept * n + cast * block
     around = n * size * (2 * c.head_dim + d) + answers * d * (8 + 3 * size)  # positions, embedding, final norm and head
     rows = [name for name, _ in config.parts.values()]
-    logits = min(answers, chunk_positions(c.vocab_size, machine.card)) * c.vocab_size
+    logits = min(alike, chunk_positions(c.vocab_size, machine.card)) * c.vocab_size
     dense = max(LOGIT.get(name, REST)[2 * compiled + (size == 2)] for name in rows)
     loss = cast * head + max(dense * logits, 2 * size * logits + (4 + cast) * head)
     reference = 0
@@ -126,7 +132,7 @@ def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[s
         "gathered parameters and gradients": (8 * root + 16 * block) * shared,
         "reference's head" if config.reference == "cached" else "reference": reference,
     }
-    early = held if not whole else 0 if shared else 4 * head
+    early = held if not first else 0 if shared else 4 * head
     moments_of = (
         {"gradients": early, "cast weights": casts, "activations": blocks + around, "loss": max(loss, backward)},
         {"gradients": held, "cast weights": 0, "activations": around, "loss": 4 * head},
@@ -141,7 +147,8 @@ def largest(c: LlamaConfig, config: Config, groups: Sequence[tuple[int, int]], f
     """
     tokens, answers = ([0, *itertools.accumulate(sorted(x, reverse=True))] for x in zip(*groups, strict=True))
     for size in sorted({-(-len(groups) // passes) for passes in range(1, len(groups) + 1)}, reverse=True):
-        work = Pass(tokens[size], answers[size], size == len(groups))
+        alike = answers[min(size, -(-config.batch_size // machine.world))]
+        work = Pass(tokens[size], answers[size], alike, size == len(groups))
         if sum(step(c, config, work, machine).values()) <= free:
             return size
     return 0
@@ -169,22 +176,28 @@ def groups_of(config: Config, examples: dict[str, list]) -> list[tuple[int, int]
         longest = [max(x, key=lambda e: len(e.ids)) for x in examples["refusals"]] if LOSSES[name].refusals else []
         rows = list(zip(examples[role], longest, strict=True)) if longest else [(e,) for e in examples[role]]
         sizes = [(sum(len(e.ids) - 1 for e in row), sum(e.answer_length for e in row)) for row in rows]
-        repeated = -(-config.batch_size // len(sizes))  # a step may go through a small set more than once
+        repeated = 1 - (1 - config.batch_size) // len(sizes)  # orders of the set that a step may see
         found += sorted(sizes * repeated, reverse=True)[: config.batch_size]
     return sorted(found, reverse=True)
 
 
-def micro_batch_size(config: Config, model: Llama, examples: dict[str, list], machine: Machine) -> int:
-    """A number of groups a pass: what was asked for or, where that is `auto`, what `machine` has memory for; it is printed.
-    The model lies on its device already."""
+def micro_batch_size(
+    config: Config,
+    c: LlamaConfig,
+    examples: dict[str, list],
+    device: torch.device,
+    world: int = 1,
+    cpu_offload: bool = False,
+) -> int:
+    """How many groups share a pass: what was asked for or, where that is `auto`, as many as fit; that is printed. The
+    parameters lie on the device already, but for `cpu_offload`. Ranks must agree on one answer: their least."""
     if config.micro_batch_size != AUTO:
         return config.micro_batch_size
     groups = groups_of(config, examples)
-    groups = groups[: -(-len(groups) // machine.world)]
-    there = 0 if machine.cpu_offload else 4 * count(model.config, machine.world)
-    free = SPARE * free_memory(model.device) + there
-    size = max(1, largest(model.config, config, groups, free, machine))
-    print(f"micro-batch: {size} of the {len(groups)} sequences of a step, {free / 1e9:.3g} GB being free", flush=True)
+    groups = groups[: -(-len(groups) // world)]
+    free = SPARE * free_memory(device) + (0 if cpu_offload else 4 * count(c, world))
+    size = max(1, largest(c, config, groups, free, Machine(device_memory(device), world, cpu_offload)))
+    print(f"micro-batch: {size} of the {len(groups)} sequences of a step, by {free / 1e9:.3g} GB of memory", flush=True)
     return size
 
 
@@ -216,7 +229,8 @@ def report(config: Config, asked: Plan, cpu_offload: bool = False) -> str:
     tokens, answers = groups[0]
     how = f"{'bfloat16' if size == 2 else 'float32'}, {'compiled' if compiled else 'eager'}, {config.optimizer}"
     losses = " + ".join(name for name, _ in config.parts.values())
-    needs = step(c, config, Pass(micro * tokens, micro * answers, micro == len(groups)), machine)
+    alike = min(micro, -(-config.batch_size // machine.world)) * answers
+    needs = step(c, config, Pass(micro * tokens, micro * answers, alike, micro == len(groups)), machine)
     every = count(c)
     kept = count(c, each=lambda shape: 4 * math.prod(shape) + moments(config, shape))
     elsewhere = {

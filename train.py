@@ -173,11 +173,16 @@ def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
     return config.lr * (steps - step) / max(1, steps - warmup)
 
 
-def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: Llama, config: Config) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # norms are not decayed, as in Hugging Face's trainer
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if config.optimizer == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 def make_reference(model: Llama, config: Config, examples: dict[str, list], steps: int, out: Path) -> Reference | None:
@@ -250,7 +255,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
             parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
             lr = learning_rate(config, step, steps, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr  # torchao compiles with it
             with Interrupt():
                 try:
                     metrics = compute_gradients(
@@ -431,6 +436,8 @@ class Evaluations:
 def run(config: Config, out: Path, resume: str = "") -> dict:
     """One run from data to summary.json, finetuning or unlearning; returns the summary. resume: as of `parse_args`; goes on
     with what is in `out`, which the caller holds (`opened`)."""
+    if config.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+        raise RunError("--optimizer adamw8bit: needs torchao; pip install -e '.[8bit]', or drop the flag")
     device = pick_device(config.device)
     compute_dtype = pick_dtype(config.dtype, device)
     config = dataclasses.replace(config, dtype=str(compute_dtype).removeprefix("torch."))  # also on another machine
@@ -456,6 +463,7 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         runs.prepare_out(config, out, record, source.folder, tokenizer.format_name, source.commit)
 
     evaluations = Evaluations(config, benchmark, out, source, model) if benchmark else None
+    config = dataclasses.replace(config, micro_batch_size=plan.micro_batch_size(config, source.config, examples, device))
     with enough_memory(less_memory(config, out)):
         train(
             model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None, resume == "anyway"

@@ -47,11 +47,11 @@ def predicted(shape: LlamaConfig, config: Config, examples: dict[str, list]) -> 
     most, machine = 0, plan.Machine()
     for first in range(0, STEPS * config.batch_size, config.batch_size):
         parts = train.draw_parts(config, examples, first, config.batch_size)
-        groups = [group for part in parts.values() for group in part.groups]
+        groups = [(role, group) for role, part in parts.items() for group in part.groups]
         for i in range(0, len(groups), config.micro_batch_size):
-            some = list(itertools.chain(*groups[i : i + config.micro_batch_size]))
-            tokens, answers = sum(len(e.ids) - 1 for e in some), sum(e.answer_length for e in some)
-            work = plan.Pass(tokens, answers, config.micro_batch_size >= len(groups))
+            some = [(role, e) for role, group in groups[i : i + config.micro_batch_size] for e in group]
+            answers = [sum(e.answer_length for of, e in some if of == role) for role in parts]
+            work = plan.Pass(sum(len(e.ids) - 1 for _, e in some), sum(answers), max(answers), i == 0)
             most = max(most, sum(plan.step(shape, config, work, machine).values()))
     return most
 
