@@ -170,7 +170,7 @@ class Plan(NamedTuple):
     answers: int  # of the tokens
 
 
-TOFU_LENGTHS = "85,37"  # tokens of a TOFU sequence, prompt and answer, and of its answer: means in SmolLM2's tokens
+TOFU_LENGTHS = 85, 37  # tokens of a TOFU sequence, prompt and answer, and of its answer: means in SmolLM2's tokens
 
 
 def number_or_auto(text: str) -> int:
@@ -203,10 +203,9 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, s
     how = {"dest": "resume", "action": "store_const", "default": ""}
     parser.add_argument("--resume", const="resume", help="go on with the interrupted run in --out", **how)
     parser.add_argument("--resume-anyway", const="anyway", help="the same, though its model or data has changed", **how)
-    text = (
-        f"print what these settings need and stop; of sequences of so many tokens, so many of them answer [{TOFU_LENGTHS}]"
-    )
-    parser.add_argument("--plan", nargs="?", const=lengths(TOFU_LENGTHS), type=lengths, metavar="TOKENS,ANSWER", help=text)
+    text = "print what these settings need, and stop; of sequences of so many tokens, so many of them answer [{},{}]"
+    text = text.format(*TOFU_LENGTHS)
+    parser.add_argument("--plan", nargs="?", const=TOFU_LENGTHS, type=lengths, metavar="TOKENS,ANSWER", help=text)
     parser.add_argument("--world-size", type=int, default=1, help="with --plan: on so many ranks")
     given = vars(parser.parse_args(argv))
     resume, plan, world_size = (given.pop(name) for name in ("resume", "plan", "world_size"))
@@ -234,15 +233,8 @@ def make_config(given: dict) -> Config:
 
 POSITIVE = ("alpha", "p", "lr", "epochs", "batch_size", "max_new_tokens", "max_length", "beta", "keep")
 NOT_NEGATIVE = (
+    *("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows", "save_every"),
     "micro_batch_size",
-    "lam",
-    "kappa",
-    "warmup_epochs",
-    "weight_decay",
-    "max_grad_norm",
-    "eval_every",
-    "eval_rows",
-    "save_every",
 )
 LARGEST = {"epochs": 1e4, "batch_size": 2**16, "toy_vocabulary": 10**6, "seed": 2**63 - 1}
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import RunError
-from config import AUTO, TOFU_LENGTHS, Config, Plan, lengths
+from config import AUTO, TOFU_LENGTHS, Config, Plan
 from dipo import LOSSES
 from eval import resolve_model
 from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
@@ -277,7 +277,7 @@ def what_fits() -> str:
         for card in CARDS:
             for mark, (checkpointing, optimizer, offload) in WAYS.items():
                 config = Config(model=name, gradient_checkpointing=checkpointing, optimizer=optimizer)
-                groups = groups_asked(config, Plan(world, *lengths(TOFU_LENGTHS)))
+                groups = groups_asked(config, Plan(world, *TOFU_LENGTHS))
                 if size := largest(SHAPES[name], config, groups, 1e9 * card, Machine(1e9 * card, world, offload)):
                     cells.append(f"{size} {mark}".strip())
                     break
