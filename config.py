@@ -36,7 +36,10 @@ SOURCES = {role: "; ".join(f"{name}: {LOSSES[name].source}" for name in dipo.los
 KEPT = 0.9
 BEST = f"most forget quality with {KEPT:.0%} of the target's utility, else the most utility"
 # Neither decides a result beyond rounding: a resumed run may change the first, and has found the second by their content.
-MACHINE = ("device", "dtype", "reference", "micro_batch_size", "gradient_checkpointing", "compile", "save_every", "keep")
+MACHINE = (
+    "device", "dtype", "reference", "micro_batch_size", "gradient_checkpointing", "cpu_offload", "compile", "save_every",
+    "keep",
+)  # fmt: skip
 PATHS = ("model", "tokenizer", "refusals", "data_dir", "retain_logs", "retain_model", "out")
 
 
@@ -96,7 +99,8 @@ class Config:
     dtype: str = option("auto", "of activations; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
     reference: str = option("cached", "states of one pass before training, or a second model", ("cached", "recompute"))
     gradient_checkpointing: bool = option(False, "keep one activation per block, compute the others again: less memory")
-    compile: bool | None = option(None, "torch.compile blocks and loss (default: on GPUs)", type=bool)
+    cpu_offload: bool = option(False, "weights, gradients and moments in host memory, under torchrun: for one small GPU")
+    compile: bool | None = option(None, "torch.compile blocks and loss (default: on a GPU, for long runs)", type=bool)
     # evaluation
     eval: bool = option(True, "evaluate target and unlearned model")
     eval_every: float = option(0.0, "also evaluate every so many epochs; 0 = only at the end")

@@ -458,17 +458,24 @@ class Batch:
     at: Tensor  # [A] int64, where in N the next token is an answer token
     targets: Tensor  # [A] int64, those answer tokens
     memory: Tensor  # [A] bool, the memory positions; all, where an example has none marked
+    borders: Tensor  # [B + 1] int32, where in N each sequence starts, and N
     lengths: tuple[int, ...]  # B numbers, their sum is N
     answer_lengths: tuple[int, ...]  # B numbers, their sum is A
 
     def to(self, device: str | torch.device) -> "Batch":
-        moved: dict = {k: x.to(device, non_blocking=True) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        moved: dict = {k: onto(x, device) for k, x in vars(self).items() if isinstance(x, Tensor)}
         return dataclasses.replace(self, **moved)
 
     @property
     def inputs(self) -> dict:
         """Arguments of the model."""
-        return {k: getattr(self, k) for k in ("input_ids", "at", "positions", "lengths")}
+        return {k: getattr(self, k) for k in ("input_ids", "at", "positions", "lengths", "borders")}
+
+
+def onto(x: Tensor, device: str | torch.device) -> Tensor:
+    """The tensor there. From pinned memory, so that a GPU takes it when it comes to it and nothing waits."""
+    x = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
+    return x.to(device, non_blocking=True)
 
 
 def pack(examples: Sequence[Example], hidden_id: int | None = None) -> Batch:
@@ -483,6 +490,7 @@ def pack(examples: Sequence[Example], hidden_id: int | None = None) -> Batch:
         integers([i for end, a in zip(itertools.accumulate(lengths), answers, strict=True) for i in range(end - a, end)]),
         integers([t for e in examples for t in e.ids[e.prompt_length :]]),
         torch.tensor([m for e in examples for m in e.memory or (True,) * e.answer_length], dtype=torch.bool),
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         lengths,
         answers,
     )

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import distributed
 import files
 import report
 from data import OWN_FILE, PROMPT_FORMATS, Tokenizer
 from files import Field, UserError
 from hub import commit_of, local_path
-from inference import LESS, Benchmark, Options, out_of_memory, pick_device, pick_dtype
+from inference import LESS, Benchmark, Options, on_device, out_of_memory, pick_device, pick_dtype
 from metrics import EvalError, require_extra
 from model import Llama, LlamaConfig, ModelError, load_pretrained, read_config, recorded_prompt, resolve_folder
 from muse import Muse
@@ -240,7 +241,7 @@ def evaluate_models(args: argparse.Namespace, benchmark: Benchmark, say: Callabl
         source = open_source(name, "target", args.tokenizer, args.prompt)
         benchmark.check(source.tokenizer)
         model = load(source)
-        on = f"{device}, {dtype}, protocol {args.protocol}"
+        on = f"{on_device(device, dtype)}, protocol {args.protocol}"
         say(f"{label}: {source.name}  prompt format {source.tokenizer.format_name}, {on}")
         return source, benchmark.evaluate(model, source.tokenizer, source.run, "final", label)
 
@@ -290,25 +291,25 @@ def main(argv: list[str] | None = None) -> int:
             files.write_json(Path(args.out), summaries)
         sys.stdout.flush()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        distributed.tell(f"error: {e}")
         return 2
     except KeyboardInterrupt:
         kept = args.model and run_folder(args.model)
-        print("\ninterrupted" + ("; the same command goes on from here" if kept else ""), file=sys.stderr)
+        distributed.tell("\ninterrupted" + ("; the same command goes on from here" if kept else ""))
         return 130
     except BrokenPipeError:  # who reads the output has ended, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 141
     except OSError as e:
-        print(f"error: {e}", file=sys.stderr)
+        distributed.tell(f"error: {e}")
         return 2
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        print(f"error: out of memory ({files.first_line(e)}); {LESS}", file=sys.stderr)
+        distributed.tell(f"error: out of memory ({files.first_line(e)}); {LESS}")
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.launch(main))

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+writing = True  # False in all processes of a run but the first: what all would write is written once
 LARGEST = 2**31  # bytes of a text that is read as a whole; a log of all of MUSE has less than a tenth
 
 
@@ -198,12 +199,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def part_of(path: Path) -> Path:
+    """The name that `replacing` writes to. Two processes may write one file."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, a file or a folder, which takes the place of `path` when the block ends without an
     error: whole or not at all, also for a process that is killed. A folder must not be there yet. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # two processes may write one file
+    part = part_of(path)
     remove(part)
     try:
         yield part
@@ -218,6 +224,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """A file, link or folder, or nothing. Raises OSError."""
+    if not writing:
+        return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -233,6 +241,8 @@ def sweep(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write or replace a text; it is there whole or not at all. Raises UserError where it cannot be written."""
+    if not writing:
+        return
     try:
         with replacing(Path(path)) as part:
             part.write_text(text, encoding="utf-8")
@@ -248,9 +258,12 @@ def write_json(path: Path, value: dict, indent: int = 1) -> None:
 class JsonLines:
     """A file that grows by a JSON object per line. `records` are its objects; a last line that is not whole is cut off."""
 
-    def __init__(self, path: Path, keep: Callable[[dict], bool] | None = None, error: type[UserError] = UserError):
-        """keep: the others are removed from the file. Raises `error` for what cannot be read, or lies behind a link."""
-        self.path, self.error = Path(path), error
+    def __init__(
+        self, path: Path, keep: Callable[[dict], bool] | None = None, error: type[UserError] = UserError, own: bool = False
+    ):
+        """keep: the others are removed from the file. own: of this process, which writes it also where `writing` is off.
+        Raises `error` for what cannot be read, or lies behind a link."""
+        self.path, self.error, self.writes = Path(path), error, own or writing
         if self.path.is_symlink():
             raise error(f"{path}: is a link to another file, which would be written to; remove it")
         data = read_bytes(path, error, "remove it") if self.path.exists() else b""
@@ -258,22 +271,25 @@ class JsonLines:
         self.records = [r for r in found if keep is None or keep(r)]
         if len(self.records) < len(found):
             write_text(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records))
-        elif (whole := data.rfind(b"\n") + 1) < len(data):
+        elif (whole := data.rfind(b"\n") + 1) < len(data) and self.writes:
             os.truncate(self.path, whole)
 
     def add(self, record: dict) -> None:
         """Append one line, whole or not at all. Raises `error` where it cannot be written (no space)."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-            with self.path.open("ab", buffering=0) as file:
-                size = file.tell()
-                if file.write(line) < len(line):  # what a full disk does to the last bytes that fit
-                    file.truncate(size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.writes:
+                self._append(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         except (OSError, ValueError) as e:  # ValueError: a lone surrogate
             raise room(self.path, e, self.error) from None
         self.records.append(record)
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) < len(line):  # what a full disk does to the last bytes that fit
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ---------------------------------------------------------------------------------------------------------- one at a time

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 import files
 import logs
 from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
@@ -175,11 +176,24 @@ def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
     return max(1, size // 2)
 
 
-def score(model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget=2048) -> Iterator[dict[str, Scores]]:
-    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens, the output head at labels only.
-    hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of memory, it goes on with half
-    the budget. Raises EvalError for a text that is too much for the memory by itself."""
-    done, batch = set[str](), list[Text]()
+def by_memory(device: torch.device, usual: int, each: int) -> int:
+    """How many at a time where each takes so many bytes: `usual`, or on a GPU what half of its free memory holds, with what
+    PyTorch keeps there unused. An estimate: a batch that is too much all the same is halved."""
+    if device.type != "cuda":
+        return usual
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, free // (2 * each))
+
+
+def score(
+    model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget: int | None = None
+) -> Iterator[dict[str, Scores]]:
+    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens (None: 2048, on a GPU `by_memory`), the
+    output head at labels only. hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of
+    memory, it goes on with half the budget. Raises EvalError for a text that is too much for the memory by itself."""
+    c = model.config  # six float32 tensors as large as the logits, as `memorization` has them, and those of a block
+    each = 24 * c.vocab_size + 16 * (c.hidden_size + c.intermediate_size)
+    budget, done, batch = budget or by_memory(model.device, 2048, each), set[str](), list[Text]()
     while True:
         try:
             for batch in batches([text for text in texts if text.key not in done], budget):
@@ -210,9 +224,11 @@ def gradient_norm(model: Llama, example: Example, hidden_id: int | None = None) 
 
 
 def evaluated(model: Llama) -> Llama:
-    """The model as it is evaluated: as `save_pretrained` keeps it, cast once, not in every step of generation."""
-    cast = any(p.dtype != model.compute_dtype for p in model.parameters())
-    return model.frozen_copy(norms=True) if cast else model
+    """The model as it is evaluated: as `save_pretrained` keeps it, cast once, not in every step of generation; and always a
+    plain one, because what is compiled for training would be compiled again, block by block, for longer than that saves."""
+    if distributed.sharded(model):
+        return distributed.gathered(model)
+    return model.frozen_copy(norms=True)
 
 
 def digest_of(model: Llama) -> str:
@@ -232,13 +248,20 @@ class Journal:
     """What an evaluation has done so far, one JSON object per line, so that an interrupted one goes on from there."""
 
     def __init__(self, path: Path | None):
-        """path None: in memory only. A last line that a killed process left half written is dropped from the file. Raises
-        EvalError for any other damage, and for a link."""
-        self.file, self.done = files.JsonLines(path, error=EvalError) if path else None, dict[str, Any]()
-        for number, record in enumerate(self.file.records if self.file else [], 1):
-            if record.get("checksum") != fingerprint([record.get("done")]):
-                raise EvalError(f"{path}, line {number}: has changed since it was written; remove it")
-            self.done |= record["done"]
+        """path None: in memory only. A last line that a killed process left half written is dropped from the file. Each of
+        several processes has a file of its own, and begins with what all have. Raises EvalError for any other damage, and
+        for a link."""
+        self.file, self.done = None, dict[str, Any]()
+        if path:
+            with distributed.together():
+                mine = path.with_stem(f"{path.stem}-{distributed.rank()}") if distributed.rank() else path
+                for one in sorted({*path.parent.glob(f"{path.stem}*{path.suffix}"), mine}):
+                    journal = files.JsonLines(one, error=EvalError, own=one == mine)
+                    self.file = journal if one == mine else self.file
+                    for number, record in enumerate(journal.records, 1):
+                        if record.get("checksum") != fingerprint([record.get("done")]):
+                            raise EvalError(f"{one}, line {number}: has changed since it was written; remove it")
+                        self.done |= record["done"]
 
     def add(self, results: dict[str, Scores] | dict[str, str] | dict[str, float]) -> None:
         """Raises EvalError where the file cannot be written."""
@@ -281,7 +304,7 @@ class Benchmark:
     load_sets: Callable[[], dict[str, list]]  # -> {set: rows}, all that an evaluation reads
     record: Callable[[Tokenizer], dict]  # -> what decides the results, besides model and dtype
     plan: Callable[[Tokenizer], dict[str, dict[str, Work]]]  # -> {part: {key: work}}
-    batch_size: int  # of generation
+    batch_size: int  # of generation, but on a GPU (`by_memory`)
     shorter = "take a model with more"  # what to do about a generation beyond the model's positions
     item: Callable[[str, Work, dict[str, Any]], dict]  # (part, work, {key: scores or generation as it is}) -> what is kept
     aggregate: Callable[[Rows], dict]  # items -> scores
@@ -331,19 +354,27 @@ class Benchmark:
         stop = {*model.config.eos_token_ids, tokenizer.eos_id}
         hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
         total = len(texts) + len(prompts) + len(gradients)
-        with tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False) as bar:
-            for scores in score(model, [text for text in texts if text.key not in done], hidden_id):
+        share, bar = (
+            distributed.share,
+            tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False),
+        )
+        with distributed.together(), bar:
+            for scores in score(model, share([text for text in texts if text.key not in done]), hidden_id):
                 if wrong := next((key for key, found in scores.items() if not math.isfinite(found["loss"])), None):
                     key = next(text.example.key for text in texts if text.key == wrong)
                     why = f"its weights or --dtype {model.compute_dtype} overflow"
                     raise EvalError(f"{key}: the model's loss is {scores[wrong]['loss']}; {why}")
                 journaled.add(scores)
-                bar.update(len(scores))
-            for text in (text for text in gradients if f"{text.key} gradient" not in done):
+                bar.update(len(scores) * distributed.world())
+            for text in share([text for text in gradients if f"{text.key} gradient" not in done]):
                 journaled.add({f"{text.key} gradient": gradient_norm(model, text.example, hidden_id)})
-                bar.update()
-            prompts, size = [prompt for prompt in prompts if prompt.key not in done], self.batch_size
-            for _, group in itertools.groupby(sorted(prompts, key=lambda p: p.order), key=lambda p: p.order[0]):
+                bar.update(distributed.world())
+            prompts, c = [prompt for prompt in prompts if prompt.key not in done], model.config
+            longest = max((len(prompt.ids) + prompt.limit for prompt in prompts), default=1)
+            cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.compute_dtype.itemsize
+            each = longest * (cached + 16 * (c.hidden_size + c.intermediate_size)) + 12 * c.vocab_size
+            size = by_memory(model.device, self.batch_size, each)
+            for _, group in itertools.groupby(share(sorted(prompts, key=lambda p: p.order)), key=lambda p: p.order[0]):
                 left = list(group)
                 while batch := left[:size]:
                     longest = max(prompt.limit for prompt in batch)
@@ -353,8 +384,9 @@ class Benchmark:
                         size = halved(len(batch), batch, batch[0].key, e)
                         continue
                     journaled.add({p.key: tokenizer.decode_text(x[: p.limit]) for p, x in zip(batch, found, strict=True)})
-                    bar.update(len(batch))
+                    bar.update(len(batch) * distributed.world())
                     left = left[len(batch) :]
+        done |= distributed.merged(done)
         return {part: {key: self.item(part, w, done) for key, w in items.items()} for part, items in plan.items()}
 
     def evaluate(self, model: Llama, tokenizer: Tokenizer, folder: Path | None, name: str, label: str) -> dict[str, Any]:
@@ -372,23 +404,32 @@ class Benchmark:
         if path and folder and not files.within(path, folder):
             raise EvalError(f"{path}: leads out of {folder} by a link; remove it")
         with contextlib.ExitStack() as held:
-            if path and not path.exists():
-                try:
-                    held.enter_context(files.lock(path.parent, EvalError, partial(waiting, path.parent)))
-                    files.sweep(path.parent)
-                except OSError as e:
-                    tqdm.write(f"not kept: {path.parent} cannot be written ({files.first_line(e)})", file=sys.stderr)
-                    path = None
-            if path and path.exists():  # by now
-                kept = logs.read_ours(path)
-                if kept["protocol"] != json.loads(json.dumps(protocol)):
+
+            def kept() -> bool | None:
+                """Whether there is a log by now; None: nothing can be kept. Holds the folder where there is none."""
+                if path and not path.exists():
+                    try:
+                        held.enter_context(files.lock(path.parent, EvalError, partial(waiting, path.parent)))
+                        files.sweep(path.parent)
+                    except OSError as e:
+                        tqdm.write(f"not kept: {path.parent} cannot be written ({files.first_line(e)})", file=sys.stderr)
+                        return None
+                return bool(path and path.exists())
+
+            found = distributed.on_first(kept)
+            path = None if found is None else path
+            if path and found:
+                log = logs.read_ours(path)
+                if log["protocol"] != json.loads(json.dumps(protocol)):
                     raise EvalError(f"{path}: is not of this evaluation; remove it and evaluate again")
-                return kept | {"path": str(path)}
+                return log | {"path": str(path)}
             rows = self.rows(model, tokenizer, label, path and path.with_name("journal.jsonl"))
             log = {"protocol": protocol, "scores": self.aggregate(rows), "rows": rows}
-            if path:
-                logs.write_log(path, log)
-                path.with_name("journal.jsonl").unlink(missing_ok=True)
+            with distributed.together():
+                if path and distributed.first():
+                    logs.write_log(path, log)
+                    for journal in path.parent.glob("journal*.jsonl"):
+                        journal.unlink(missing_ok=True)
             return log | {"path": str(path) if path else None}
 
     def reference(self, alias: str | None, retain_logs: str | None, retrained: dict | None) -> tuple[dict | None, str]:
@@ -458,11 +499,19 @@ def pick_device(device: str) -> torch.device:
     """'auto' -> cuda where there is one, else cpu. Raises EvalError for a device that torch does not see."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and distributed.active():
+        device = f"cuda:{distributed.local_rank()}"
     try:
         torch.zeros(1, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as e:
         raise EvalError(f"--device {device}: not usable here ({files.first_line(e)})") from None
+
+
+def on_device(device: torch.device, dtype: torch.dtype) -> str:
+    """What a run says of them."""
+    slow = device.type == "cuda" and dtype == torch.float32
+    return f"{device}, {dtype}" + (" (slow on a GPU: attention goes sequence by sequence)" if slow else "")
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -5,11 +5,13 @@ S cached positions. Parameter names and the half-split rotary layout are Hugging
 Other architectures, biases, sliding windows and quantised weights are a ModelError; there is no sampling.
 """
 
+import contextlib
 import copy
+import inspect
 import itertools
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -17,15 +19,18 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+import files
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
 ROOMY = 64e9  # bytes of a GPU that holds eight times as many
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
 
@@ -151,20 +156,30 @@ class KVCache:
         return order
 
 
+def has_flash(device: torch.device) -> bool:
+    """Whether `varlen_attn` runs there: on GPUs from compute capability 8.0, which is not that of a T4 or V100."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class Packing:
     """Sequences back to back in one row: each attends causally to itself alone."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device):
-        self.lengths, self.longest = list(lengths), max(lengths)
-        self.borders = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
+    def __init__(self, lengths: Sequence[int], device: torch.device, borders: Tensor | None = None):
+        """borders: [B + 1] int32 on the device, where each sequence starts and the last one ends; None: made here."""
+        self.lengths, self.longest, self.flash = list(lengths), max(lengths), has_flash(device)
+        ends = [0, *itertools.accumulate(self.lengths)]
+        self.borders = torch.tensor(ends, dtype=torch.int32, device=device) if borders is None else borders
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, H, N, K], k and v [1, G, N, K] -> [1, H, N, K]."""
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            repeat = q.shape[1] // k.shape[1]
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)))
+        # The kernel takes head sizes in steps of 8 up to 256, and above 192 not every card has its backward pass.
+        if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
+            how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
+            if not GROUPED:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             ends = self.borders, self.borders, self.longest, self.longest
-            return cast(Tensor, varlen_attn(q, k, v, *ends, window_size=(-1, 0))).transpose(0, 1)[None]
+            return cast(Tensor, varlen_attn(q, k, v, *ends, **how)).transpose(0, 1)[None]
         return self._one_by_one(q, k, v)
 
     @torch.compiler.disable  # the lengths are another at every step: nothing to compile for
@@ -247,6 +262,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.compute_device: torch.device | None = None  # None: where the parameters are
         self.checkpointing = False  # True: keep each block's input only, and compute it again in the backward pass
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -266,7 +282,7 @@ class Llama(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.compute_device or self.lm_head.weight.device
 
     def forward(self, input_ids: Tensor, at: Tensor | None = None, **arguments) -> Tensor:
         """Next-token logits, float32: [B, T, V], or [A, V] for the positions `at` only. Arguments of `hidden_states`."""
@@ -274,20 +290,22 @@ class Llama(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor, at: Tensor | None = None, *, positions: Tensor | None = None, cache: KVCache | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None, borders: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
         input_ids: [B, T] int64, padded on the right: causal attention never sees that padding.
         at: [A] int64, into the B * T positions one row after the other.
         lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` (rotary) restart with each.
+        borders: as of `Packing`.
         cache: filled with the packed sequences; without `lengths`, input_ids [B, 1] are the next position of each row.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] if positions is None else positions
-        angles = positions[..., None].float() * self.frequencies.to(input_ids.device)  # [B, T, K/2]
+        self.frequencies = self.frequencies.to(input_ids.device)  # once: a GPU would be waited for in every pass
+        angles = positions[..., None].float() * self.frequencies  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
-        packing = Packing(lengths, x.device) if lengths is not None else None
+        packing = Packing(lengths, x.device, borders) if lengths is not None else None
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, packing, use_reentrant=False)
@@ -460,9 +478,9 @@ class Stored(NamedTuple):
     name: str  # in the file
     shape: list[int]
 
-    def read(self) -> Tensor:
+    def read(self, rows: slice | None = None) -> Tensor:
         with open_safetensors(self.file) as f:
-            return f.get_tensor(self.name)
+            return f.get_tensor(self.name) if rows is None else f.get_slice(self.name)[rows]
 
 
 def canonical(name: str) -> str:
@@ -502,6 +520,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor, gathered where it is sharded over processes: all of them must ask for it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def open_safetensors(path: Path):
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -523,11 +546,12 @@ def check_sizes(path: Path, config: LlamaConfig, stored: dict[str, Stored]) -> N
 
 def load_pretrained(
     name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
-    compute_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None, shard: Callable[[Llama], dict[str, tuple[Tensor, slice]]] | None = None,
 ) -> Llama:  # fmt: skip
     """A Llama from a folder or a hub id. dtype: of the parameters (None: as stored); train with float32. compute_dtype: of
     the activations (None: the parameters'). Each tensor is read straight into its place: loading holds the parameters and
-    one tensor more. Raises ModelError for whatever does not fit exactly."""
+    one tensor more. shard: `distributed.shard`, for parameters in float32 of which each process reads its own rows alone.
+    Raises ModelError for whatever does not fit exactly."""
     folder = resolve_folder(name)
     config, stored = read_config(folder), stored_tensors(folder)
     path, head, embedding = folder / "config.json", "lm_head.weight", "model.embed_tokens.weight"
@@ -556,6 +580,11 @@ def load_pretrained(
         if stored[key].shape != [*p.shape]:
             shapes = f"{stored[key].shape}, config.json asks for {[*p.shape]}"
             raise ModelError(f"{stored[key].file}: '{key}' has shape {shapes}; the two belong to different models")
+    if shard:
+        model.compute_dtype = compute_dtype or torch.float32
+        for key, (place, rows) in shard(model).items():
+            place.copy_(stored[key].read(rows))
+        return model
     # Largest first and each file opened anew: what is mapped beside the parameters is one tensor, and small at the end.
     for key, _ in sorted(expected.items(), key=lambda item: -item[1].numel()):
         tensor = stored[key].read()
@@ -575,25 +604,39 @@ def save_pretrained(
     dtype: to the logits of `frozen_copy(norms=True)`. In bfloat16 that rounds norms that were trained in float32 (see
     docs/running.md); with both, transformers 4 computes nothing. tokenizer_from: a folder whose tokenizer files are copied
     along. prompt: the prompt format that the model was trained in, which config.json keeps. The folder appears whole or not
-    at all. Raises ModelError if it exists already or cannot be written (no space)."""
-    from huggingface_hub import save_torch_state_dict
+    at all. Raises ModelError if it exists already or cannot be written (no space).
+
+    A sharded model is gathered tensor by tensor and written by the first process; all must call."""
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
     if folder.exists():
         raise ModelError(f"{folder}: exists already; remove it or choose another folder")
     raw = model.config.to_dict(model.compute_dtype) | ({"dipo": {"prompt_format": prompt}} if prompt else {})
     special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    dtype, parameters = model.compute_dtype, dict(model.named_parameters())
+    shapes = {n: torch.empty(p.shape, dtype=dtype, device="meta") for n, p in parameters.items()}
+    plan = split_torch_state_dict_into_shards(shapes)
     try:
-        with replacing(folder) as part:
-            part.mkdir()
-            for name in TOKENIZER_FILES:
-                if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
-                    check_link(source, ModelError)
-                    (part / name).write_bytes(read_bytes(source, ModelError))
-            write_json(part / "config.json", raw, indent=2)
-            write_json(part / "generation_config.json", special, indent=2)
-            state = {n: p.detach().to(model.compute_dtype) for n, p in model.named_parameters()}
-            save_torch_state_dict(state, part, metadata={"format": "pt"})
+        with replacing(folder) if files.writing else contextlib.nullcontext() as part:
+            if part:
+                part.mkdir()
+                for name in TOKENIZER_FILES:
+                    if tokenizer_from and (source := Path(tokenizer_from) / name).exists():
+                        check_link(source, ModelError)
+                        (part / name).write_bytes(read_bytes(source, ModelError))
+                write_json(part / "config.json", raw, indent=2)
+                write_json(part / "generation_config.json", special, indent=2)
+                if plan.is_sharded:
+                    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+                    write_json(part / "model.safetensors.index.json", index, indent=2)
+            for file, names in plan.filename_to_tensors.items():
+                state = dict[str, Tensor]()
+                for name in names:
+                    tensor = whole(parameters[name].detach()).to(dtype)
+                    state |= {name: tensor.cpu().contiguous()} if part else {}
+                if part:
+                    save_file(state, part / file, metadata={"format": "pt"})
     except (OSError, SafetensorError) as e:
         raise ModelError(f"{folder}: could not be written ({first_line(e)}); free some space or choose another") from None
     return folder

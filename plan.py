@@ -181,22 +181,17 @@ def groups_of(config: Config, examples: dict[str, list]) -> list[tuple[int, int]
     return sorted(found, reverse=True)
 
 
-def micro_batch_size(
-    config: Config,
-    c: LlamaConfig,
-    examples: dict[str, list],
-    device: torch.device,
-    world: int = 1,
-    cpu_offload: bool = False,
-) -> int:
+def micro_batch_size(config: Config, c: LlamaConfig, examples: dict[str, list], device: torch.device, world: int = 1) -> int:
     """How many groups share a pass: what was asked for or, where that is `auto`, as many as fit; that is printed. The
     parameters lie on the device already, but for `cpu_offload`. Ranks must agree on one answer: their least."""
     if config.micro_batch_size != AUTO:
         return config.micro_batch_size
     groups = groups_of(config, examples)
     groups = groups[: -(-len(groups) // world)]
-    free = SPARE * free_memory(device) + (0 if cpu_offload else 4 * count(c, world))
-    size = max(1, largest(c, config, groups, free, Machine(device_memory(device), world, cpu_offload)))
+    machine = Machine(device_memory(device), world, config.cpu_offload and device.type == "cuda")
+    free = SPARE * free_memory(device) / (1 if machine.card else world)  # ranks of a CPU share its memory
+    free += 0 if machine.cpu_offload else 4 * count(c, world)
+    size = max(1, largest(c, config, groups, free, machine))
     print(f"micro-batch: {size} of the {len(groups)} sequences of a step, by {free / 1e9:.3g} GB of memory", flush=True)
     return size
 
@@ -220,10 +215,10 @@ def groups_asked(config: Config, asked: Plan) -> list[tuple[int, int]]:
     return [(asked.tokens * max(sizes), asked.answers * max(sizes))] * -(-len(sizes) * config.batch_size // asked.world_size)
 
 
-def report(config: Config, asked: Plan, cpu_offload: bool = False) -> str:
+def report(config: Config, asked: Plan) -> str:
     """What a run with these settings needs, as lines of text: a rank's device, what lies elsewhere, and what fits."""
     c, groups = shape_of(config), groups_asked(config, asked)
-    machine = Machine(0 if config.device == "cpu" else 1e9 * CARDS[1], asked.world_size, cpu_offload)
+    machine = Machine(0 if config.device == "cpu" else 1e9 * CARDS[1], asked.world_size, config.cpu_offload)
     size, compiled = ways(config, machine)
     micro = min(config.micro_batch_size or 8, len(groups))
     tokens, answers = groups[0]
@@ -234,7 +229,7 @@ def report(config: Config, asked: Plan, cpu_offload: bool = False) -> str:
     every = count(c)
     kept = count(c, each=lambda shape: 4 * math.prod(shape) + moments(config, shape))
     elsewhere = {
-        "state in host memory, a rank": (4 * count(c, asked.world_size) + kept // asked.world_size) * cpu_offload,
+        "state in host memory, a rank": (4 * count(c, asked.world_size) + kept // asked.world_size) * config.cpu_offload,
         "reference's states in host memory, all ranks, for 1,000 sequences": 1000 * answers * c.hidden_size * size,
         f"checkpoints on disk, all ranks (--keep {config.keep}, and one while it is written)": (config.keep + 1) * kept,
         "model/ on disk": every * size,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distributed
 import files
 from checkpoint import RunError, checkpoint_step
 from config import FIELDS, MACHINE, PATHS, RUNS, Config, flag_of, validate, versions
@@ -29,7 +30,7 @@ RECORD = {
 
 
 def resume_command(out: Path, more: str = "") -> str:
-    return f"python train.py --resume --out {shlex.quote(str(out))}{more}"
+    return f"{distributed.launcher()} train.py --resume --out {shlex.quote(str(out))}{more}"
 
 
 def started(out: Path) -> bool:
@@ -40,7 +41,16 @@ def started(out: Path) -> bool:
 def opened(out: Path | None, config: Config | None, resume: str = "") -> Iterator[Path]:
     """The folder of a run, which no other process has meanwhile, without leftovers. out None: the next free one of `config`,
     runs/<data>-<losses>-<number>. A folder that is made here and stays empty goes again. Raises RunError for one that holds
-    something else, or, to be resumed, no run."""
+    something else, or, to be resumed, no run. Of several processes the first holds the folder."""
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            if distributed.first():
+                out = held.enter_context(_opened(out, config, resume))
+        yield Path(distributed.gather(str(out))[0])
+
+
+@contextlib.contextmanager
+def _opened(out: Path | None, config: Config | None, resume: str) -> Iterator[Path]:
     if out is None and config is not None:
         name = f"{config.forget}-{config.forget_loss}-{config.retain_loss}"
         name = f"finetune-{config.finetune}" if config.finetune else name
@@ -249,6 +259,15 @@ class Interrupt:
             signal.signal(s, handler)
         if self.wanted and kind is None:
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """In its block they do not wait, nor those that have come before."""
+        self.__exit__(None)
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 
 class Interrupted(Exception):

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import distributed
 import logs
 import metrics
 import toy
@@ -298,7 +299,8 @@ class Tofu(Benchmark):
         different = dict.fromkeys(e for e in itertools.chain(true, *(x.values() for x in said.values())) if e)
         texts = {e: Text(str(i), e, token_losses) for i, e in enumerate(different)}
         hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
-        found = {k: v for scores in score(judge, [*texts.values()], hidden_id) for k, v in scores.items()}
+        mine = distributed.share([*texts.values()])
+        found = distributed.merged({k: v for scores in score(judge, mine, hidden_id) for k, v in scores.items()})
         loss_of = dict[Example | None, float]()
         for e, text in texts.items():
             loss_of[e] = metrics.language_loss(found[text.key]["losses"], e.ids, e.prompt_length)

@@ -25,22 +25,24 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import dipo
+import distributed
 import eval as evaluation
 import files
 import plan
 import runs
 import toy
 from checkpoint import NoRoom, RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
-from config import BEST, KEPT, RUNS, Config, Plan, make_config, parse_args
-from data import DataError, Example, draw, pack
+from config import RUNS, Config, Plan, make_config, parse_args
+from data import DataError, Example, draw, onto, pack
 from dipo import LOSSES, Objective
 from eval import Source, benchmark_of
+from evaluations import Evaluations
 from files import JsonLines, UserError, first_line, write_json
 from hints import find_hints
-from inference import PUBLISHED_LOGS, Options, check_length, find_file, out_of_memory, pick_device, pick_dtype
+from inference import PUBLISHED_LOGS, Options, check_length, find_file, on_device, out_of_memory, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
-from model import Llama, chunk_positions, device_memory, load_pretrained, save_pretrained
+from model import Llama, chunk_positions, device_memory, load_pretrained, save_pretrained, whole
 from reference import CachedReference, RecomputedReference, Reference
 from runs import Interrupt, Interrupted, opened, require_folder, resume_command, started
 
@@ -72,6 +74,11 @@ def draw_parts(config: Config, examples: dict[str, list], first: int, count: int
             groups = [(*group, examples["refusals"][i][k]) for group, i, k in zip(groups, rows, which, strict=True)]
         parts[role] = Part(name, weight, groups)
     return parts
+
+
+def queue_of(parts: dict[str, Part]) -> list[tuple[str, tuple[Example, ...]]]:
+    """(role, group) of all that is in a step, in the order in which processes and passes take their share of it."""
+    return [(role, group) for role, part in parts.items() for group in part.groups]
 
 
 def whole_sequences(roles: Sequence[str], lengths: Sequence[int], limit: int) -> Iterator[tuple[str, slice, slice]]:
@@ -111,16 +118,19 @@ def compute_gradients(
     def terms_of(role: str, hidden: Tensor, targets: Tensor, memory: Tensor, ref_hidden: Tensor | None = None):
         """`position_terms` from final hidden states, [positions, D]."""
         ref_logits = None if ref_hidden is None or reference is None else F.linear(ref_hidden, reference.head)
-        return position_terms(parts[role].loss, role, objective, model.lm_head(hidden), ref_logits, targets, memory)
+        inputs = targets.clone(), memory.clone()  # compiled, each place in the batch of a view would be another case
+        return position_terms(parts[role].loss, role, objective, model.lm_head(hidden), ref_logits, *inputs)
 
-    queue = [(role, group) for role, part in parts.items() for group in part.groups]
-    for first in range(0, len(queue), micro_batch_size):
-        roles, groups = zip(*queue[first : first + micro_batch_size], strict=True)
+    queue = queue_of(parts)
+    for some_of_it, counts in distributed.passes(queue, micro_batch_size):
+        roles, groups = zip(*some_of_it, strict=True)
         batch = pack([e for group in groups for e in group]).to(model.device)
         hidden = model.hidden_states(**batch.inputs)  # [A, D]
         leaf = hidden.detach().requires_grad_()  # the gradient of head and loss stops here
         lengths = [sum(e.answer_length for e in group) for group in groups]
-        for role, some, at in whole_sequences(roles, lengths, chunk):
+        if not counts:  # another process makes one more pass, of which this one has no part
+            (0 * model.lm_head(leaf[:1]).sum()).backward()
+        for role, some, at in whole_sequences(roles, lengths, chunk) if counts else ():
             part, examples = parts[role], [e for group in groups[some] for e in group]
             inputs = [leaf[at], batch.targets[at], batch.memory[at]]
             if LOSSES[part.loss].reference and reference is not None:
@@ -131,7 +141,8 @@ def compute_gradients(
             terms, nll, swapped, anchor = (torch.cat(x) for x in zip(*pieces, strict=True))
             answers = [e.answer_length for e in examples]
             sums, anchors = (torch.stack([x.sum() for x in y.split(answers)]) for y in (terms, anchor))
-            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, answers, anchors)
+            sizes = onto(torch.tensor(answers), sums.device)  # a list would be copied, and waited for
+            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, sizes, anchors)
             loss = losses.sum() / divisors[role]
             (part.weight * loss).backward()  # of L_f or lambda L_r; both add up in leaf.grad and the head's
             logged[f"loss/{role}"] += loss.detach()
@@ -142,19 +153,30 @@ def compute_gradients(
             if role in anchored:
                 logged[f"anchor/{role}"] += anchors.detach().sum() / divisors[role]
         hidden.backward(leaf.grad)  # through the blocks, once
-    metrics = {"loss": sum(part.weight * float(logged[f"loss/{role}"]) for role, part in parts.items())}
-    metrics |= {key: float(value) for key, value in logged.items() if key != "swapped"}
+    sums_of_all = distributed.totals(logged, model.device)
+    swapped_positions = int(sums_of_all.pop("swapped"))
+    metrics = {"loss": sum(part.weight * sums_of_all[f"loss/{role}"] for role, part in parts.items())} | sums_of_all
     metrics |= {"tokens": sum(len(e.ids) for _, group in queue for e in group)}
     metrics |= {"answer_tokens": sum(e.answer_length for _, group in queue for e in group)}
-    metrics["grad_norm"] = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    metrics["grad_norm"] = float(whole(torch.nn.utils.get_total_norm(gradients)))
     for name in ("loss", "grad_norm"):
         if not math.isfinite(metrics[name]):
             wider = "" if model.compute_dtype == torch.float32 else ", or resume with --dtype float32"
             raise RunError(f"{name} is {metrics[name]}; start anew with a lower --lr{wider}")
     if positions := sum(sum(e.memory) if e.memory else e.answer_length for role in paired for e, *_ in parts[role].groups):
-        metrics["swapped"] = int(logged["swapped"]) / positions
-        dipo.check_roles(int(logged["swapped"]), positions)
+        metrics["swapped"] = swapped_positions / positions
+        dipo.check_roles(swapped_positions, positions)
     return metrics
+
+
+def worth_compiling(model: Llama, config: Config, examples: dict[str, list], steps: int) -> bool:
+    """Whether blocks and loss are compiled where no flag says: on a GPU, if that saves more than the 90 s that it takes. It
+    saves a fifth of the time, and that is 6 FLOP a parameter and token at 2e14 a second (half of what such cards can do):
+    estimates. 7B pays from two million tokens. On a CPU it takes minutes, and pays for large vocabularies only."""
+    tokens = [sum(len(e.ids) for e in rows) / len(rows) for role, rows in examples.items() if role != "refusals"]
+    work = 6 * sum(p.numel() for p in model.parameters()) * steps * config.batch_size * sum(tokens)
+    return model.device.type == "cuda" and 0.2 * work / 2e14 > 90
 
 
 def compile_step(model: Llama):
@@ -187,16 +209,27 @@ def make_optimizer(model: Llama, config: Config) -> torch.optim.Optimizer:
 
 def make_reference(model: Llama, config: Config, examples: dict[str, list], steps: int, out: Path) -> Reference | None:
     """The reference of the run's losses, or None where they need none. `model` must be the start of the run."""
-    parts = draw_parts(config, examples, 0, steps * config.batch_size).values()
-    needed = [e for part in parts if LOSSES[part.loss].reference for group in part.groups for e in group]
-    if not needed:
+    needed = dict[str, list[Example]](forget=[], retain=[])
+    compare = {role for role, (loss, _) in config.parts.items() if LOSSES[loss].reference}
+    if not compare:
         return None
     if config.reference == "recompute":
+        if distributed.world() > 1:
+            raise RunError("--reference recompute: would need a second, unsharded model; drop it")
         return RecomputedReference(model)
-    return CachedReference(model, needed, config.micro_batch_size, out / "reference.bin")
+    for step in range(steps):
+        parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
+        for role, group in distributed.share(queue_of(parts)):
+            needed[role] += group if role in compare else ()
+    every = needed["forget"] + needed["retain"] or examples[min(compare)][:1]  # a process may need none
+    return CachedReference(model, every, config.micro_batch_size, out / "reference.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
+
+
+def count_steps(config: Config, examples: dict[str, list]) -> int:
+    return max(1, int(config.epochs * len(examples["finetune" if config.finetune else "forget"])) // config.batch_size)
 
 
 def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on_epoch=None, anyway: bool = False) -> int:
@@ -207,9 +240,8 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     However it ends but by a kill, the state of the last whole step is saved. Raises Interrupted for Ctrl-C and SIGTERM,
     RunError or SwappedRolesError for a step that cannot be made.
     """
-    size = len(examples["finetune" if config.finetune else "forget"])
-    per_epoch = size / config.batch_size
-    steps = max(1, int(config.epochs * size) // config.batch_size)
+    per_epoch = len(examples["finetune" if config.finetune else "forget"]) / config.batch_size
+    steps = count_steps(config, examples)
     warmup = min(steps - 1, max(1, int(config.warmup_epochs * per_epoch))) if config.warmup_epochs else 0
     evaluate_at = {}
     if config.eval_every and on_epoch:
@@ -225,21 +257,21 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
         print(f"memory: {record['share']:.0%} of the forget answers' tokens, {out / 'memory.json'}", flush=True)
         write_json(out / "memory.json", record)
     model.checkpointing = config.gradient_checkpointing
-    if config.compile if config.compile is not None else model.device.type == "cuda":
+    if config.compile if config.compile is not None else worth_compiling(model, config, examples, steps):
         position_terms = compile_step(model)
     # Before the checkpoint is loaded: the model is still the start of the run.
     reference = make_reference(model, config, examples, steps, out) if checkpoint_step(out) < steps else None
+    distributed.reshard(model)
     start = saved = done = load_checkpoint(out, model, optimizer, config.results, anyway)
     log = JsonLines(out / "log.jsonl", error=RunError)
-    saved_at, cost, whole = time.monotonic(), 0.0, True  # whole: what the model holds can be saved
+    saved_at, cost, intact = time.monotonic(), 0.0, True  # intact: what the model holds can be saved
 
     def save() -> None:
-        nonlocal saved, saved_at, whole, cost
-        whole, began = False, time.monotonic()
-        with Interrupt():
-            save_checkpoint(out, done, model, optimizer, config.results, config.keep)
-            saved, saved_at, whole = done, time.monotonic(), True
-            cost = saved_at - began
+        nonlocal saved, saved_at, intact, cost
+        intact, began = False, time.monotonic()
+        save_checkpoint(out, done, model, optimizer, config.results, config.keep)
+        saved, saved_at, intact = done, time.monotonic(), True
+        cost = saved_at - began
 
     def due() -> bool:
         if config.save_every is not None:
@@ -250,13 +282,15 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     try:
         if start in evaluate_at:  # interrupted between the checkpoint and the end of its evaluation
             on_epoch(start, evaluate_at[start], start == steps)
-        for step in range(start, steps):
-            began = time.perf_counter()
-            parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
-            lr = learning_rate(config, step, steps, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr  # torchao compiles with it
-            with Interrupt():
+        with Interrupt() as interrupt:
+            for step in range(start, steps):
+                began = time.perf_counter()
+                parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
+                lr = learning_rate(config, step, steps, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = (
+                        group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+                    )  # torchao compiles with it
                 try:
                     metrics = compute_gradients(
                         model, reference, config.objective, parts, config.micro_batch_size, position_terms
@@ -267,7 +301,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 if config.max_grad_norm:
                     norm = torch.tensor(metrics["grad_norm"])
                     torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
-                whole = False
+                intact = False
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 seconds = time.perf_counter() - began
@@ -275,23 +309,29 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 record |= {"tokens_per_s": metrics["tokens"] / seconds, "seconds": seconds}
                 require_folder(out)
                 log.add(record)
-                done, whole = step + 1, True
-            if due():
-                try:
-                    save()
-                except NoRoom as e:  # as long as nothing stops the run, nothing is lost
-                    saved_at, whole = time.monotonic(), True
-                    tqdm.write(f"not saved at step {done}: {first_line(e)}")
-            shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
-            bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
-            bar.update()
-            if done in evaluate_at:
-                on_epoch(done, evaluate_at[done], done == steps)
+                done, intact = step + 1, True
+                if distributed.any_of(model.device, distributed.first() and due()):
+                    try:
+                        save()
+                    except NoRoom as e:  # as long as nothing stops the run, nothing is lost
+                        saved_at, intact = time.monotonic(), True
+                        tqdm.write(f"not saved at step {done}: {first_line(e)}")
+                shown = {k: f"{metrics[k]:.3g}" for k in ("loss", "margin/forget", "margin/retain") if k in metrics}
+                bar.set_postfix(shown | {"tok/s": f"{record['tokens_per_s']:.0f}"}, refresh=False)
+                bar.update()
+                if done in evaluate_at:
+                    with interrupt.lifted():
+                        on_epoch(done, evaluate_at[done], done == steps)
+                if distributed.any_of(model.device, interrupt.wanted):
+                    raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as e:
-        if whole and done > saved:
+        all_there = distributed.blame(e, less_memory(config, out) if out_of_memory(e) else "")
+        if intact and done > saved and all_there:
             try:
-                save()
-            except RunError as unsaved:
+                distributed.meet()
+                with Interrupt():
+                    save()
+            except UserError as unsaved:
                 raise RunError(f"{first_line(e) or 'interrupted'}; {unsaved}") from None
         if isinstance(e, KeyboardInterrupt) and done:
             raise Interrupted(f"interrupted after step {saved} of {steps}") from None
@@ -344,95 +384,6 @@ def encode(config: Config, rows: dict[str, list], source: Source) -> dict[str, l
     return examples
 
 
-POINT = {"step": files.Field(int, 0), "epoch": files.Field(float, 0)}  # of trajectory.jsonl
-
-
-class Evaluations:
-    """What is evaluated of a run: target and retrained model before the training, the policy on the way and at its end."""
-
-    def __init__(self, config: Config, benchmark, out: Path, source: Source, model: Llama):
-        """Raises where the target cannot be compared with the retrained model: now, not after the training."""
-        self.benchmark, self.out, self.tokenizer, self.keep_best = benchmark, out, source.tokenizer, config.keep_best
-        self.logs = {"target": self.score(model, "target", source.run)}
-        self.load_retrained: Callable[[], Llama] | None = None
-        if config.retain_model:
-            name = evaluation.resolve_model(config.retain_model, "target")
-            self.load_retrained = partial(load_pretrained, name, device=model.device, compute_dtype=model.compute_dtype)
-            self.logs["retrained"] = self.score(self.load_retrained(), "retrained", evaluation.run_folder(name))
-        self.reference = benchmark.reference(config.model, config.retain_logs, self.logs.get("retrained"))
-        target = benchmark.summary(self.logs["target"], *self.reference)[0]
-        self.least = KEPT * target.get("model_utility", 0.0)
-        if target.get("forget_quality") is None and self.keep_best:
-            raise RunError("--keep-best: there is no forget quality without --retain-model or --retain-logs; pass one")
-
-    def score(self, model: Llama, label: str, own: Path | None = None) -> dict:
-        """The log of a model; kept in the run folder that it came from (`own`) where it has one, else in this run's."""
-        place = (own, "final") if own else (self.out, label)
-        return self.benchmark.evaluate(model, self.tokenizer, *place, f"evaluate {label}")
-
-    def on_epoch(self, model: Llama, step: int, epoch: float, last: bool) -> None:
-        name = f"epoch-{epoch:g}"
-        log = self.score(model, "unlearned", self.out) if last and not self.keep_best else self.score(model, name)
-        require_folder(self.out)
-        record = {"step": step, "epoch": epoch} | self.benchmark.summary(log, *self.reference)[0]
-        trajectory = self.trajectory(step)
-        if self.keep_best and self.best([*trajectory.records, record]) is record:
-            files.remove(self.out / f"best-{step}")  # of a run that was killed here
-            save_pretrained(model, self.out / f"best-{step}", self.tokenizer.folder, self.tokenizer.format_name)
-        trajectory.add(record)
-        if self.keep_best:
-            kept = f"best-{self.best(trajectory.records)['step']}"
-            for folder in self.out.glob("best-*"):
-                if folder.name != kept:
-                    files.remove(folder)
-        tqdm.write(f"epoch {epoch:g}: {self.benchmark.headline(record)}")
-
-    def trajectory(self, before: float = math.inf) -> JsonLines:
-        """The records of earlier steps; a resumed run may come by a step again."""
-        path = self.out / "trajectory.jsonl"
-
-        def earlier(record: dict) -> bool:
-            if wrong := files.fault(record, files.Field(dict, fields=POINT)):
-                raise RunError(f"{path}: {wrong}; remove {self.out / 'checkpoint'} to train again from the start")
-            return record["step"] < before
-
-        return JsonLines(path, earlier, RunError)
-
-    def best(self, records: list[dict]) -> dict:
-        """The record of the model to keep, by `config.BEST`; the first of equal ones."""
-
-        def rank(record: dict) -> tuple[bool, float]:
-            good = record["model_utility"] >= self.least
-            return good, record["forget_quality" if good else "model_utility"]
-
-        return max(records, key=rank)
-
-    def keep(self) -> dict:
-        """Make the best model RUN/model; returns what summary.json says of it."""
-        best = self.best(self.trajectory().records)
-        folder = self.out / f"best-{best['step']}"
-        if not (self.out / "model").exists():
-            if not folder.exists():
-                raise RunError(f"{folder}: is gone; remove {self.out / 'checkpoint'} to train again from the start")
-            folder.rename(self.out / "model")
-        print(f"kept: the model of step {best['step']}, epoch {best['epoch']:g} ({BEST})")
-        return {"step": best["step"], "epoch": best["epoch"], "rule": BEST}
-
-    def finish(self, model: Llama) -> dict:
-        """Evaluates the end of the run and prints table and samples; returns what summary.json holds of all models."""
-        self.logs["unlearned"] = self.score(model, "unlearned", self.out)
-        logs: dict[str, dict] = {k: self.logs[k] for k in ("target", "unlearned", "retrained") if k in self.logs}
-        if self.load_retrained:
-            logs = self.benchmark.with_language(logs, self.load_retrained, self.tokenizer)
-        self.logs = logs
-        summaries = {k: self.benchmark.summary(log, *self.reference) for k, log in logs.items()}
-        *_, (_, against) = summaries.values()
-        scores = {k: summary for k, (summary, _) in summaries.items()}
-        print(f"\n{self.benchmark.report(scores, against)}")
-        print_samples({k: self.benchmark.samples(log) for k, log in logs.items()})
-        return scores | {"retain_reference": against if self.reference[0] is not None else f"absent; {against}"}
-
-
 def run(config: Config, out: Path, resume: str = "") -> dict:
     """One run from data to summary.json, finetuning or unlearning; returns the summary. resume: as of `parse_args`; goes on
     with what is in `out`, which the caller holds (`opened`)."""
@@ -451,19 +402,28 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
     counts = " + ".join(f"{len(examples[role])} {role}" for role, _ in config.sets)
     tokenizer = source.tokenizer
     borders = f", {tokenizer.borders_split} borders split" if tokenizer.borders_split else ""
-    on = f"{counts} sequences; {device}, {compute_dtype}"
-    print(f"{source.name}: prompt format {tokenizer.format_name}{borders}; {on}", flush=True)
+    on = on_device(device, compute_dtype)
+    print(f"{source.name}: prompt format {tokenizer.format_name}{borders}; {counts} sequences; {on}", flush=True)
     record = runs.inputs(config, rows, benchmark, source)
     if resume:
         runs.check_inputs(config, out, record, resume == "anyway")
     load = partial(load_pretrained, device=device, dtype=torch.float32, compute_dtype=compute_dtype)
+    if distributed.active():
+        compiled = config.compile if config.compile is not None else device.type == "cuda"
+        split = partial(distributed.shard, device=device, compiled=compiled, cpu_offload=config.cpu_offload)
+        load = partial(load, shard=split)
+    elif config.cpu_offload:
+        raise RunError("--cpu-offload: is of sharded training; start with torchrun --nproc-per-node 1 train.py ...")
     with enough_memory("take a smaller model, or another --device"):
         model = load(source.folder)
     if not resume:
         runs.prepare_out(config, out, record, source.folder, tokenizer.format_name, source.commit)
 
     evaluations = Evaluations(config, benchmark, out, source, model) if benchmark else None
-    config = dataclasses.replace(config, micro_batch_size=plan.micro_batch_size(config, source.config, examples, device))
+    if config.compile is None:
+        config = dataclasses.replace(config, compile=worth_compiling(model, config, examples, count_steps(config, examples)))
+    size = plan.micro_batch_size(config, model.config, examples, device, distributed.world())
+    config = dataclasses.replace(config, micro_batch_size=min(distributed.gather(size)))
     with enough_memory(less_memory(config, out)):
         train(
             model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None, resume == "anyway"
@@ -475,9 +435,11 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         del model  # before the next one is loaded
         model = load(out / "model")
     elif not (out / "model").exists():
-        if name := not_finite(dict(model.named_parameters())):
-            raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
+        with distributed.together():
+            if name := not_finite({n: distributed.local(p) for n, p in model.named_parameters()}):
+                raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
         save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name)
+    distributed.gather(None)  # model/ is there
     if evaluations:
         summary |= evaluations.finish(model)
     if not config.finetune:
@@ -493,6 +455,8 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
 
 def clean_up(config: Config, out: Path, summary: dict) -> None:
     """What is done once summary.json is there: a plot, and no checkpoint."""
+    if not distributed.first():
+        return
     has_quality = summary.get("unlearned", {}).get("forget_quality") is not None
     if config.eval_every and has_quality and importlib.util.find_spec("matplotlib"):
         try:
@@ -554,17 +518,6 @@ def run_in(out: Path, config: Config, resume: str = "resume") -> dict:
         return run(config, out, resume)
 
 
-def print_samples(answers: dict[str, dict[str, tuple[str, str, str]]]) -> None:
-    """Three questions with each model's answer. answers: {model: {key: (question, reference, generation)}}."""
-    rows = next(iter(answers.values()))
-    for key in list(rows)[:: max(1, len(rows) // 3)][:3]:
-        question, reference, _ = rows[key]
-        print(f"\n{question}\n    {'reference':<11} {reference}")
-        for name, generations in answers.items():
-            print(f"    {name:<11} {generations[key][2]}")
-    print()
-
-
 def toy_models(config: Config) -> tuple[Path, Path]:
     """(target, retrained) run folders of the toy world, as `toy.toy_models`, trained by this file's own loop."""
     base = toy.toy_base(config.seed, config.toy_vocabulary, RUNS, TOY_FINETUNE)
@@ -576,11 +529,16 @@ def toy_models(config: Config) -> tuple[Path, Path]:
     return toy.toy_models(base, benchmark_of(config.forget).complement(config.forget), finetune)
 
 
+def made_alone(config: Config) -> list[str]:
+    with distributed.alone():
+        return [*map(str, toy_models(config))]
+
+
 def work(config: Config, out: Path, resume: str) -> None:
     if config.model == "toy":
         if config.eval:
             require_extra()
-        target, retrained = map(str, toy_models(config))
+        target, retrained = distributed.on_first(lambda: made_alone(config))
         against = config.retain_model or (None if config.retain_logs else retrained)
         config = dataclasses.replace(config, model=target, retain_model=against)
     (run_requests if config.sust else run)(dataclasses.replace(config, out=str(out)), out, resume)
@@ -603,7 +561,7 @@ def main(argv: list[str] | None = None) -> int:
             with runs.working_in(directory), enough_memory("take a smaller model, or another --device"):
                 work(config, out, resume)
     except (UserError, dipo.SwappedRolesError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        distributed.tell(f"error: {e}")
         return 2
     except OSError as e:
         kept = (
@@ -611,15 +569,20 @@ def main(argv: list[str] | None = None) -> int:
         )
         if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             kept = "make that folder writable, or work in a copy of it"
-        print(f"error: {e}; {kept}", file=sys.stderr)
+        distributed.tell(f"error: {e}; {kept}")
+        return 2
+    except RuntimeError as e:
+        if not distributed.is_lost(e):
+            raise
+        distributed.tell(f"error: {distributed.lost(e)}")
         return 2
     except (Interrupted, KeyboardInterrupt) as e:
         what = str(e) or "interrupted"
         again = resume_command(out) if out and started(out) else "the same command"
-        print(f"\n{what}; go on with: {again}", file=sys.stderr)
+        distributed.tell(f"\n{what}; go on with: {again}")
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(distributed.launch(main))

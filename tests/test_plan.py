@@ -191,7 +191,8 @@ def test_a_plans_lengths_are_tofus_or_those_that_are_named():
 @given(CONFIGS, st.integers(1, 70), st.booleans())
 @settings(max_examples=20)
 def test_what_is_told_adds_up(config, world, offload):
-    lines = plan.report(dataclasses.replace(config, model="llama2-13b"), Plan(world, 85, 37), offload).splitlines()
+    config = dataclasses.replace(config, model="llama2-13b", cpu_offload=offload)
+    lines = plan.report(config, Plan(world, 85, 37)).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("a rank's device"))
     sizes = [float(line.split()[-1]) for line in lines[start + 1 : lines.index("", start)]]
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.001 * len(sizes))

@@ -1,0 +1,124 @@
+"""Command lines of train.py and eval.py as one process of several, one after the other, with faults on request.
+
+torchrun --nproc-per-node 2 tests/ranks.py JOBS.json     [{"argv": ["train", "--forget", ...], "fault": "nan"}, ...]
+python tests/ranks.py --faults                           what two processes do when one fails: 3 minutes
+
+Leaves JOBS.status.json, each job's exit status. A fault happens to the second process in the third step of its job.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import distributed  # noqa: E402
+import eval as evaluation  # noqa: E402
+import toy  # noqa: E402
+import train  # noqa: E402
+from model import Llama, LlamaConfig, save_pretrained  # noqa: E402
+
+TINY = LlamaConfig(
+    vocab_size=400, hidden_size=30, intermediate_size=64, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=1,
+    head_dim=6, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_ids=(1,),
+    initializer_range=0.2,
+)  # fmt: skip
+STEP = 3
+
+
+def out_of_memory(model):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+
+def not_a_number(model):
+    with torch.no_grad():
+        next(b for b in model.model.layers).mlp.up_proj.weight.to_local().fill_(float("nan"))
+
+
+FAULTS = {
+    "kill": lambda model: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda model: os.kill(os.getpid(), signal.SIGSTOP),
+    "hang": lambda model: time.sleep(3600),
+    "terminate": lambda model: os.kill(os.getpid(), signal.SIGTERM),
+    "memory": out_of_memory,
+    "nan": not_a_number,
+}
+
+
+def with_fault(fault: str):
+    steps, compute_gradients = 0, train.compute_gradients
+
+    def faulty(model, *arguments):
+        nonlocal steps
+        steps += 1
+        if steps == STEP and distributed.rank() == 1:
+            FAULTS[fault](model)
+        return compute_gradients(model, *arguments)
+
+    return faulty
+
+
+def work(path: Path) -> int:
+    torch.set_num_threads(1)
+    plain, statuses = train.compute_gradients, []
+    for job in json.loads(path.read_text()):
+        which, *argv = job["argv"]
+        train.compute_gradients = with_fault(job["fault"]) if job.get("fault") else plain
+        statuses.append({"train": train, "eval": evaluation}[which].main(argv))
+        distributed.gather(None)  # a fault of one job is not met in the next, nor is it the one that is told
+        for key in ("cause", "told") if distributed.first() else ():
+            distributed._ranks.store.delete_key(key)
+        distributed.gather(None)
+    if distributed.first():
+        path.with_suffix(".status.json").write_text(json.dumps(statuses))
+    return 0
+
+
+def launch(folder: Path, count: int, jobs: list[dict], timeout: float = 300) -> subprocess.CompletedProcess:
+    """torchrun with so many processes in a folder. The result's `statuses`: of the jobs, [] where they did not all end."""
+    path = folder / f"jobs-{count}.json"
+    path.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, path]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    status = path.with_suffix(".status.json")
+    done.statuses = json.loads(status.read_text()) if status.exists() else []
+    return done
+
+
+def told(done: subprocess.CompletedProcess) -> list[str]:
+    """The last lines that the processes themselves printed."""
+    lines = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines()]
+    return [line for line in lines if line.startswith(("error: ", "interrupted"))]
+
+
+def tiny(folder: Path, **changes) -> Path:
+    """A random model and a tokenizer for it."""
+    words = toy.train_toy_tokenizer(0, folder / "tokenizer", vocab_size=400)
+    model = Llama(LlamaConfig(**(vars(TINY) | changes))).init_weights(0)
+    return save_pretrained(model, folder / "model", words)
+
+
+def faults() -> int:
+    folder = Path(tempfile.mkdtemp())
+    flags = f"train --model {tiny(folder)} --forget toy_forget10[:10] --retain toy_retain90[:20] --batch-size 4 --no-eval"
+    for fault in FAULTS:
+        began = time.monotonic()
+        done = launch(folder, 2, [{"argv": [*flags.split(), "--out", fault], "fault": fault}])
+        saved = [f.name for f in (folder / fault / "checkpoint").glob("*")]
+        print(f"{fault}: {time.monotonic() - began:.0f} s in all; saved at step {saved}; {told(done)}", flush=True)
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(faults() if sys.argv[1:] == ["--faults"] else distributed.launch(lambda: work(Path(sys.argv[1]))))

@@ -1,0 +1,188 @@
+"""Several processes under torchrun are the run of one: its losses, weights, scores, checkpoints, however many they are."""
+
+import json
+import math
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import launch, tiny, told
+
+import checkpoint
+import dipo
+import distributed
+import train
+from eval import main as evaluate
+from model import load_pretrained
+
+SMALL = "train --forget toy_forget10[:9] --retain toy_retain90[:20] --lr 1e-3 --epochs 1 --max-new-tokens 4".split()
+PAIRS = [(f, r) for f in dipo.loss_names("forget") for r in (*dipo.loss_names("retain"), "none")]
+SAMPLE = int(os.environ.get("PAIRS", "5"))  # of pairs of losses; PAIRS=40 tries all but a few, and compiles some
+
+
+def records(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """The same to rounding in float32. AdamW makes steps of full length of a gradient that is rounding itself, as the first
+    of a KL to the start: what follows such a step is not compared."""
+    logs = [*zip(records(folder), records(other), strict=True)]
+    for one, two in logs if logs[0][0]["grad_norm"] > 1e-2 else logs[:1]:
+        assert one == pytest.approx(two, rel=1e-5, abs=2e-5)
+    if logs[0][0]["grad_norm"] <= 1e-2:
+        return
+    a, b = (dict(load_pretrained(f / "model").named_parameters()) for f in (folder, other))
+    assert a.keys() == b.keys()
+    x, y = (torch.cat([p.flatten() for _, p in sorted(w.items())]) for w in (a, b))
+    assert (x - y).norm() <= 1e-4 * x.norm()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, request):
+    """{name: (folder of one process's run, folder of several processes')}, and what torchrun printed."""
+    home, seed = tmp_path_factory.mktemp("ranks"), request.config.getoption("--hypothesis-seed")
+    rng = random.Random(seed)
+    models = {tied: tiny(home / f"tied-{tied}", tie_word_embeddings=tied) for tied in (True, False)}
+
+    def flags(losses) -> list[str]:
+        sizes = ["--batch-size", rng.randint(3, 7), "--micro-batch-size", rng.randint(1, 4)]
+        memory = ["--tau=-4"] if losses[1] != "none" else ["--positions", "all"]
+        more = ["--gradient-checkpointing"] * rng.randint(0, 1) + memory * losses[0].startswith("anchored")
+        more += ["--max-grad-norm", "0.5"] * rng.randint(0, 1) + ["--compile"] * (SAMPLE > 9 and rng.random() < 0.1)
+        both = ["--model", models[rng.random() < 0.5], "--forget-loss", losses[0], "--retain-loss", losses[1]]
+        return [*SMALL, *map(str, [*both, *sizes, *more])]
+
+    jobs, plain = {2: [], 3: []}, {}
+    pairs = [("dipo", "dipo"), ("anchored", "anchored"), *rng.sample(PAIRS, SAMPLE)]
+    for i, losses in enumerate(pairs):
+        name = f"{i}-{'+'.join(losses)}"
+        argv = [*flags(losses), "--no-eval"]
+        jobs[2 + i % 2].append({"argv": [*argv, "--out", f"several/{name}"]})
+        plain[name] = argv
+    evaluated = [*flags(("dipo", "gd")), "--epochs", "2", "--eval-rows", "5", "--eval-every", "1", "--keep-best"]
+    evaluated += ["--retain-model", str(models[True])]
+    offloaded = [*flags(("npo", "gd")), "--no-eval"]
+    jobs[2].append({"argv": [*offloaded, "--cpu-offload", "--out", "several/offloaded"]})
+    plain["offloaded"] = offloaded
+    jobs[2].append({"argv": [*evaluated, "--out", "several/evaluated"]})
+    plain["evaluated"] = evaluated
+    long = [*SMALL, "--model", str(models[False]), "--batch-size", "2", "--epochs", "2", "--no-eval"]
+    for name, fault in (("stopped", "terminate"), ("nan", "nan")):
+        jobs[2].append({"argv": [*long, "--out", f"several/{name}"], "fault": fault})
+    plain["stopped"] = long
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for name, (_, *argv) in plain.items():
+            assert train.main([*argv, "--out", f"plain/{name}"]) == 0, argv
+        first = launch(home, 2, jobs[2])
+        assert len(first.statuses) == len(jobs[2]), first.stderr[-4000:]
+        shutil.copytree("several/stopped", "several/alone")
+        asked = f"eval --model {models[True]} --retain-model {models[False]} --forget toy_forget10[:9] --max-new-tokens 4"
+        assert evaluate(f"{asked} --out one.json".split()[1:]) == 0
+        jobs[3].append({"argv": f"{asked} --out several.json".split()})
+        second = launch(home, 3, [*jobs[3], {"argv": ["train", "--resume", "--out", "several/stopped"]}])
+        assert train.main(["--resume", "--out", "several/alone"]) == 0
+    found = {name: (home / "plain" / name, home / "several" / name) for name in plain}
+    return found | {"alone": (home / "plain/stopped", home / "several/alone")}, first, second, seed
+
+
+def test_the_number_of_processes_changes_no_loss_and_no_weight(runs):
+    found, first, second, seed = runs
+    assert {*first.statuses} == {0, 2, 130}, first.stderr[-2000:]
+    assert {*second.statuses} == {0}, second.stderr[-2000:]
+    for one, several in found.values():
+        assert_same_run(one, several)
+
+
+def test_each_process_evaluates_its_share_and_the_scores_are_those_of_one(runs):
+    one, several = runs[0]["evaluated"]
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, several))
+    for name in ("target", "unlearned", "retrained"):
+        assert a[name]["parts"] == pytest.approx(b[name]["parts"], rel=1e-4)
+    a, b = (json.loads((one.parent.parent / f"{name}.json").read_text()) for name in ("one", "several"))
+    assert a["model"]["parts"] == pytest.approx(b["model"]["parts"], rel=1e-4) and a["retrained"] == pytest.approx(
+        b["retrained"]
+    )
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, several))
+    assert a["kept"] == b["kept"] and [*several.glob("eval/*/journal*")] == []
+    points = [(folder / "trajectory.jsonl").read_text().splitlines() for folder in (one, several)]
+    assert len(points[0]) == len(points[1]) == 2
+
+
+def test_a_terminated_run_saves_once_and_goes_on_with_another_number_of_processes(runs):
+    """The others in `test_the_number_of_processes_changes_no_loss_and_no_weight`: resumed with three, and with one."""
+    _, first, _, _ = runs
+    assert sum(line.startswith("interrupted after step 3 of 9") for line in told(first)) == 1
+
+
+def test_not_a_number_on_one_process_stops_all_with_one_line(runs):
+    _, first, _, _ = runs
+    assert sum("is nan" in line for line in told(first)) == 1
+
+
+def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
+    argv = [*SMALL, "--model", str(tiny(tmp_path)), "--batch-size", "2", "--no-eval", "--out", "a"]
+    done = launch(tmp_path, 2, [{"argv": argv, "fault": "kill"}])
+    assert done.returncode and len(told(done)) == 1 and "another process of this run has ended" in told(done)[0]
+
+
+def test_offloading_needs_torchrun(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*SMALL[1:], "--model", str(tiny(tmp_path)), "--no-eval", "--cpu-offload"]) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- shares, without torch
+
+
+class Rank:
+    def __init__(self, rank: int, world: int):
+        self.rank, self.world = rank, world
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(1, 20))
+def test_passes_cover_the_queue_once_and_are_as_many_on_every_rank(n, world, size):
+    queue, found, counts = list(range(n)), [], set()
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "_ranks", Rank(rank, world))
+            mine = [*distributed.passes(queue, size)]
+        found += [x for items, real in mine if real for x in items]
+        counts.add(len(mine))
+        assert all(0 < len(items) <= size for items, _ in mine)
+    assert sorted(found) == queue and counts == {math.ceil(math.ceil(n / world) / size)}
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_rows_are_cut_as_chunks_are(n, world):
+    tensor = torch.arange(n)
+    chunks = [*tensor.chunk(world), *[tensor[:0]] * world]
+    for rank in range(world):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "_ranks", Rank(rank, world))
+            assert tensor[distributed.rows_of(tensor)].equal(chunks[rank])
+
+
+@given(st.integers(1, 30), st.integers(1, 7), st.data())
+def test_shards_hold_any_rows(tmp_path_factory, n, world, data):
+    from contextlib import ExitStack
+
+    from safetensors.torch import save_file
+
+    folder, tensor = tmp_path_factory.mktemp("shards"), torch.arange(2 * n).view(n, 2)
+    names = checkpoint.shard_names("weights", world)
+    for name, rows in zip(names, [*tensor.chunk(world), *[tensor[:0]] * world], strict=False):
+        save_file({"x": rows.contiguous(), "step": torch.tensor(1.0)}, folder / name)
+    start = data.draw(st.integers(0, n))
+    rows = slice(start, data.draw(st.integers(start, n)))
+    with ExitStack() as stack:
+        shards = checkpoint.Shards([folder / name for name in names], stack)
+        assert shards.read("x", rows).equal(tensor[rows]) and shards.rows("x") == n
+        assert shards.read("step", None) == 1
