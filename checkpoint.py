@@ -7,10 +7,12 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import distributed
 import files
@@ -35,6 +37,10 @@ class RunError(UserError):
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity."""
     return next((name for name, x in tensors.items() if not torch.isfinite(x).all()), None)
+
+
+class OtherWorld(RunError):
+    """A checkpoint that only as many processes can go on with as have written it."""
 
 
 class NoRoom(RunError):
@@ -78,9 +84,7 @@ def save_checkpoint(
         raise RunError("the processes of the run are not at the same step: not saved")
     names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
     weights = {n: distributed.local(p.detach()).contiguous() for p, n in names.items()}
-    moments = {
-        f"{names[p]}/{k}": distributed.local(v).contiguous() for p, s in optimizer.state.items() for k, v in s.items()
-    }
+    moments = {n: x.contiguous() for n, x in flat_state(optimizer, {n: p for p, n in names.items()}).items()}
     try:
         with contextlib.ExitStack() as stack:
             with distributed.together():
@@ -184,6 +188,8 @@ def load_checkpoint(
         with distributed.together():
             manifest = verified(folder)
             restore_state(folder, manifest, model, optimizer)
+    except OtherWorld:
+        raise
     except (OSError, SafetensorError, UserError, ValueError, RuntimeError) as e:
         raise RunError(f"{folder}: damaged checkpoint ({first_line(e)}); remove it to go on from {whole(older)}") from None
     if manifest["settings"] != settings and not anyway:
@@ -202,32 +208,29 @@ def load_checkpoint(
 def restore_state(folder: Path, manifest: dict, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Weights and moments out of a verified checkpoint. Raises RunError for others than the model's."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
-    moments = {f"{n}/{k}": p for n, p in parameters.items() for k in ("exp_avg", "exp_avg_sq")}
-    steps = {f"{n}/step": torch.tensor(0.0) for n in parameters}
-    for kind, expected in zip(TENSORS, (parameters, {**moments, **steps}), strict=True):
+    weights = {n: distributed.local(p) for n, p in parameters.items()}
+    count = len(manifest["files"]) // len(TENSORS)
+    for kind, expected in zip(TENSORS, (weights, flat_state(optimizer, parameters)), strict=True):
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            names = shard_names(kind, len(manifest["files"]) // len(TENSORS))
+            names, own = shard_names(kind, count), kind == TENSORS[1] and not isinstance(optimizer, torch.optim.AdamW)
+            if own and count != distributed.world():  # blocks of 256 numbers do not end where rows do
+                raise OtherWorld(f"{folder}: moments of 8 bits go on with as many processes as they are of, {count}")
+            names = [names[distributed.rank()]] if own else names
             shards = Shards([folder / name for name in names], stack)
             if shards.names != {*expected}:
                 raise RunError(f"{shards.name} does not hold what the model and its optimizer are made of")
             for name, like in expected.items():
-                rows = distributed.rows_of(like) if like.ndim else None
+                p = parameters[name.split("/")[0]]
+                rows = distributed.rows_of(p) if like.ndim and not own else None
                 tensor = shards.read(name, rows)
-                shape = distributed.local(like).shape
                 if (
-                    tensor.shape != shape or tensor.dtype != like.dtype or not_finite({name: tensor})
-                    or rows is not None and shards.rows(name) != like.shape[0]
+                    tensor.shape != like.shape or tensor.dtype != like.dtype or not_finite({name: tensor})
+                    or rows is not None and shards.rows(name) != p.shape[0]
                 ):  # fmt: skip
                     raise RunError(f"{shards.name}: {name} has another shape or type, or is not finite")
-                if name in steps and tensor != manifest["step"]:
+                if name.endswith("/step") and tensor != manifest["step"]:
                     raise RunError(f"{shards.name}: {name} is {tensor:g}")
-                if kind == TENSORS[0]:
-                    distributed.local(parameters[name]).copy_(tensor)
-                else:
-                    of, moment = name.rsplit("/", 1)
-                    p = parameters[of]
-                    held = tensor.to(distributed.local(p).device)
-                    optimizer.state[p][moment] = held if name in steps else distributed.like(p, held)
+                like.copy_(tensor)
 
 
 def whole(folders: list[Path]) -> str:
@@ -251,3 +254,31 @@ def restore(path: Path, size: int, sha256: str) -> str:
     with path.open("r+b") as file:
         file.truncate(size)
     return ""
+
+
+def empty_state(optimizer: Any, p: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the optimizer's first step would begin with: AdamW's moments, or torchao's of 8 bits."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        zeros = {moment: torch.zeros_like(p, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), device=distributed.local(p).device), **zeros}
+    moments = {"exp_avg": optimizer._new_buffer(p, True), "exp_avg_sq": optimizer._new_buffer(p, False)}
+    return {"step": torch.zeros(()), **moments}
+
+
+def parts(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{name: x}, or {name/part: tensor} of one that is made of several: a moment of 8 bits of codes, scale and qmap."""
+    if not is_traceable_wrapper_subclass(x):
+        return {name: x}
+    return {k: v for part in x.__tensor_flatten__()[0] for k, v in parts(f"{name}/{part}", getattr(x, part)).items()}
+
+
+def flat_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The optimizer's state as plain tensors, {parameter/moment: tensor} as `parts`, of this rank's rows and in its own
+    memory: to restore it, copy into them. Made where there is none yet."""
+    flat = dict[str, torch.Tensor]()
+    for name, p in parameters.items():
+        if not (state := optimizer.state[p]):
+            state.update(empty_state(optimizer, p))
+        for moment, x in state.items():
+            flat |= parts(f"{name}/{moment}", distributed.local(x))
+    return flat

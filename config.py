@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from files import Field
 from memory import FLOOR
 
 RUNS = Path("runs")
+AUTO = 0  # the `micro_batch_size` that is chosen by free memory
 
 
 def option(default, help: str, choices: tuple | None = None, type: type | None = None):
@@ -84,9 +85,12 @@ class Config:
     lr: float = option(1e-5, "peak learning rate of AdamW (betas 0.9, 0.999; eps 1e-8)")
     epochs: float = option(10.0, "passes over the forget (or finetuning) set")
     batch_size: int = option(32, "effective batch, forget sequences per step (and as many retain sequences)")
-    micro_batch_size: int = option(8, "sequences per forward pass, forget and retain; changes memory and speed only")
+    micro_batch_size: int = option(
+        8, "sequences per forward pass, forget and retain, or auto (default on GPUs): as many as memory holds"
+    )
     warmup_epochs: float = option(1.0, "linear warm-up, epochs")
     schedule: str = option("linear", "learning rate after the warm-up: decays to zero, or stays", ("linear", "constant"))
+    optimizer: str = option("adamw", "AdamW, or with moments of 8 bits (torchao's)", ("adamw", "adamw8bit"))
     weight_decay: float = option(0.01, "decoupled weight decay of matrices")
     max_grad_norm: float = option(0.0, "clip the gradient's norm to this; 0 = off")
     seed: int = option(0, "of data order, pairing, and the toy world")
@@ -162,8 +166,30 @@ def kind_of(f: dataclasses.Field) -> type:
 FIELDS = {f.name: Field(kind_of(f), null=f.default is None) for f in dataclasses.fields(Config)}
 
 
-def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, str]:
-    """({field: value} that the user typed, '' for a new run, else 'resume' or 'anyway')."""
+class Plan(NamedTuple):
+    """What `--plan` asks: of how many ranks, and the sequences that are counted with."""
+
+    world_size: int
+    tokens: int
+    answers: int  # of the tokens
+
+
+TOFU_LENGTHS = 85, 37  # tokens of a TOFU sequence, prompt and answer, and of its answer: means in SmolLM2's tokens
+
+
+def number_or_auto(text: str) -> int:
+    return AUTO if text == "auto" else int(text)
+
+
+def lengths(text: str) -> tuple[int, int]:
+    tokens, answers = map(int, text.split(","))
+    if not 0 < answers <= tokens:
+        raise ValueError
+    return tokens, answers
+
+
+def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, str | Plan]:
+    """({field: value} that the user typed, '' for a new run, else 'resume', 'anyway' or what is to be planned)."""
     parser = argparse.ArgumentParser(
         "train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,12 +201,21 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, s
         how: dict[str, Any] = (
             {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
         )
+        if f.name == "micro_batch_size":
+            how["type"] = number_or_auto
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
     how = {"dest": "resume", "action": "store_const", "default": ""}
     parser.add_argument("--resume", const="resume", help="go on with the interrupted run in --out", **how)
     parser.add_argument("--resume-anyway", const="anyway", help="the same, though its model or data has changed", **how)
+    text = "print what these settings need, and stop; of sequences of so many tokens, so many of them answer [{},{}]"
+    text = text.format(*TOFU_LENGTHS)
+    parser.add_argument("--plan", nargs="?", const=TOFU_LENGTHS, type=lengths, metavar="TOKENS,ANSWER", help=text)
+    parser.add_argument("--world-size", type=int, default=1, help="with --plan: on so many ranks")
     given = vars(parser.parse_args(argv))
-    return given, given.pop("resume")
+    resume, plan, world_size = (given.pop(name) for name in ("resume", "plan", "world_size"))
+    if not 1 <= world_size <= 2**20 or (world_size > 1 and not plan):
+        parser.error("--world-size: is a number of ranks, and --plan's; torchrun --nproc-per-node starts them")
+    return given, Plan(world_size, *plan) if plan else resume
 
 
 def make_config(given: dict) -> Config:
@@ -193,13 +228,18 @@ def make_config(given: dict) -> Config:
     settings = PRESETS[usual] | PRESETS[preset] | given
     if toy and settings.get("forget_loss") == settings.get("retain_loss") == "anchored":
         settings |= TOY_ANCHORED | given
+    if "micro_batch_size" not in given and torch.cuda.is_available() and settings.get("device") != "cpu":
+        settings["micro_batch_size"] = AUTO
     config = Config(**(settings | {"preset": preset}))
     validate(config, given)
     return config
 
 
-POSITIVE = ("alpha", "p", "lr", "epochs", "batch_size", "micro_batch_size", "max_new_tokens", "max_length", "beta", "keep")
-NOT_NEGATIVE = ("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows", "save_every")
+POSITIVE = ("alpha", "p", "lr", "epochs", "batch_size", "max_new_tokens", "max_length", "beta", "keep")
+NOT_NEGATIVE = (
+    *("lam", "kappa", "warmup_epochs", "weight_decay", "max_grad_norm", "eval_every", "eval_rows", "save_every"),
+    "micro_batch_size",
+)
 LARGEST = {"epochs": 1e4, "batch_size": 2**16, "toy_vocabulary": 10**6, "seed": 2**63 - 1}
 
 

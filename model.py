@@ -29,6 +29,7 @@ from files import Field, UserError, fault, first_line, read_bytes, read_json, re
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
+ROOMY = 64e9  # bytes of a GPU that holds eight times as many
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
@@ -64,6 +65,16 @@ class LlamaConfig:
         raw |= {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0} | vars(self)
         eos = list(raw.pop("eos_token_ids"))
         return raw | {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "torch_dtype": str(dtype).split(".")[-1]}
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def chunk_positions(vocab_size: int, memory: float = 0) -> int:
+    """Positions whose logits a loss holds at a time, on a device of so much memory."""
+    return max(1, (CHUNK * 8 if memory >= ROOMY else CHUNK) // vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------- layers

@@ -28,10 +28,11 @@ import dipo
 import distributed
 import eval as evaluation
 import files
+import plan
 import runs
 import toy
 from checkpoint import NoRoom, RunError, checkpoint_step, load_checkpoint, not_finite, require_room, save_checkpoint
-from config import RUNS, Config, make_config, parse_args
+from config import RUNS, Config, Plan, make_config, parse_args
 from data import DataError, Example, draw, onto, pack
 from dipo import LOSSES, Objective
 from eval import Source, benchmark_of
@@ -41,7 +42,7 @@ from hints import find_hints
 from inference import PUBLISHED_LOGS, Options, check_length, find_file, on_device, out_of_memory, pick_device, pick_dtype
 from memory import mark_memory, memory_record
 from metrics import require_extra
-from model import CHUNK, Llama, load_pretrained, save_pretrained, whole
+from model import Llama, chunk_positions, device_memory, load_pretrained, save_pretrained, whole
 from reference import CachedReference, RecomputedReference, Reference
 from runs import Interrupt, Interrupted, opened, require_folder, resume_command, started
 
@@ -112,7 +113,7 @@ def compute_gradients(
     logged: dict[str, Tensor | float] = {f"{key}/{role}": 0.0 for role in parts for key in ("loss", "nll")}
     anchored = [role for role, part in parts.items() if LOSSES[part.loss].anchored]
     logged |= {f"margin/{role}": 0.0 for role in paired} | {f"anchor/{role}": 0.0 for role in anchored} | {"swapped": 0}
-    chunk = max(1, CHUNK // model.config.vocab_size)  # positions
+    chunk = chunk_positions(model.config.vocab_size, device_memory(model.device))
 
     def terms_of(role: str, hidden: Tensor, targets: Tensor, memory: Tensor, ref_hidden: Tensor | None = None):
         """`position_terms` from final hidden states, [positions, D]."""
@@ -194,11 +195,16 @@ def learning_rate(config: Config, step: int, steps: int, warmup: int) -> float:
     return config.lr * (steps - step) / max(1, steps - warmup)
 
 
-def make_optimizer(model: Llama, config: Config) -> torch.optim.AdamW:
+def make_optimizer(model: Llama, config: Config) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # norms are not decayed, as in Hugging Face's trainer
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (0.9, 0.999), "eps": 1e-8}
+    if config.optimizer == "adamw8bit":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 def make_reference(model: Llama, config: Config, examples: dict[str, list], steps: int, out: Path) -> Reference | None:
@@ -222,6 +228,10 @@ def make_reference(model: Llama, config: Config, examples: dict[str, list], step
 # ---------------------------------------------------------------------------------------------------------------- loop
 
 
+def count_steps(config: Config, examples: dict[str, list]) -> int:
+    return max(1, int(config.epochs * len(examples["finetune" if config.finetune else "forget"])) // config.batch_size)
+
+
 def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on_epoch=None, anyway: bool = False) -> int:
     """The loop: returns the number of steps. Resumes from `out/checkpoint` where there is one.
 
@@ -230,9 +240,8 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
     However it ends but by a kill, the state of the last whole step is saved. Raises Interrupted for Ctrl-C and SIGTERM,
     RunError or SwappedRolesError for a step that cannot be made.
     """
-    size = len(examples["finetune" if config.finetune else "forget"])
-    per_epoch = size / config.batch_size
-    steps = max(1, int(config.epochs * size) // config.batch_size)
+    per_epoch = len(examples["finetune" if config.finetune else "forget"]) / config.batch_size
+    steps = count_steps(config, examples)
     warmup = min(steps - 1, max(1, int(config.warmup_epochs * per_epoch))) if config.warmup_epochs else 0
     evaluate_at = {}
     if config.eval_every and on_epoch:
@@ -279,7 +288,9 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
                 lr = learning_rate(config, step, steps, warmup)
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = (
+                        group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+                    )  # torchao compiles with it
                 try:
                     metrics = compute_gradients(
                         model, reference, config.objective, parts, config.micro_batch_size, position_terms
@@ -376,6 +387,8 @@ def encode(config: Config, rows: dict[str, list], source: Source) -> dict[str, l
 def run(config: Config, out: Path, resume: str = "") -> dict:
     """One run from data to summary.json, finetuning or unlearning; returns the summary. resume: as of `parse_args`; goes on
     with what is in `out`, which the caller holds (`opened`)."""
+    if config.optimizer == "adamw8bit" and not importlib.util.find_spec("torchao"):
+        raise RunError("--optimizer adamw8bit: needs torchao; pip install -e '.[8bit]', or drop the flag")
     device = pick_device(config.device)
     compute_dtype = pick_dtype(config.dtype, device)
     config = dataclasses.replace(config, dtype=str(compute_dtype).removeprefix("torch."))  # also on another machine
@@ -407,6 +420,10 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         runs.prepare_out(config, out, record, source.folder, tokenizer.format_name, source.commit)
 
     evaluations = Evaluations(config, benchmark, out, source, model) if benchmark else None
+    if config.compile is None:
+        config = dataclasses.replace(config, compile=worth_compiling(model, config, examples, count_steps(config, examples)))
+    size = plan.micro_batch_size(config, model.config, examples, device, distributed.world())
+    config = dataclasses.replace(config, micro_batch_size=min(distributed.gather(size)))
     with enough_memory(less_memory(config, out)):
         train(
             model, config, examples, out, partial(evaluations.on_epoch, model) if evaluations else None, resume == "anyway"
@@ -532,6 +549,9 @@ def main(argv: list[str] | None = None) -> int:
     given, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__)
     out = Path(given["out"]) if "out" in given else None
     try:
+        if isinstance(resume, Plan):
+            print(plan.report(make_config(given), resume))
+            return 0
         if resume and out is None:
             raise RunError("--resume: name the run folder with --out")
         new, directory = None if resume else make_config(given), Path.cwd()

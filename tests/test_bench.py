@@ -33,7 +33,7 @@ def step():
 def losses(step, monkeypatch, variant: str) -> list[float]:
     monkeypatch.setitem(step.SHAPES, "small", TINY)
     monkeypatch.setattr(train, "compile_step", lambda model: dipo.position_terms)
-    for module, name in ((train, "pack"), (reference, "pack"), (train, "CHUNK")):  # a variant may replace it
+    for module, name in ((train, "pack"), (reference, "pack"), (train, "chunk_positions")):  # a variant may replace it
         monkeypatch.setattr(module, name, getattr(module, name))
     args = argparse.Namespace(
         model=None, data_dir=None, shape="small", vocab=None, length=None, dtype="float32", device="cpu", batch=4,

@@ -328,7 +328,7 @@ OBJECTIVES = [
 def test_no_pass_waits(kernel, objective, micro, chunk, checkpointing):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "has_flash", lambda device: True)
-        patch.setattr(train, "CHUNK", chunk)
+        patch.setattr(model_module, "CHUNK", chunk)
         model = model_of(config=dataclasses.replace(SMALL, num_hidden_layers=1)).to("meta")
         model.hidden_states(**data.pack(EVERY[:1]).to("meta").inputs)  # the frequencies go there once
         model.checkpointing = checkpointing
@@ -435,7 +435,7 @@ def test_without_posix_fallocate_the_file_is_made_all_the_same(monkeypatch, tmp_
 
 @pytest.mark.parametrize("chunk", [2**25, 300 * 7])
 def test_the_loss_is_compiled_once_a_role_wherever_in_the_batch_it_begins(monkeypatch, chunk):
-    monkeypatch.setattr(train, "CHUNK", chunk)
+    monkeypatch.setattr(model_module, "CHUNK", chunk)
     torch._dynamo.reset()
     counter, model, objective = CompileCounter(), model_of(torch.float32), dipo.Objective()
     compiled = torch.compile(dipo.position_terms, dynamic=True, backend=counter)

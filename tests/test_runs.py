@@ -347,7 +347,7 @@ def test_machine_settings_may_change_and_are_recorded(cli, cut):
     assert [r["step"] for r in records("cut")] == [1, 2, 3]
     assert records("cut")[-1]["loss"] == pytest.approx(records("whole")[-1]["loss"], rel=1e-3)
     refused(resume(cli, "cut", "--lr", "1"), "was started with lr = 0.01")
-    refused(resume(cli, "cut", "--micro-batch-size", "0"), "must be positive")
+    refused(resume(cli, "cut", "--micro-batch-size", "-1"), "must be 0 or more")
 
 
 # ------------------------------------------------------------------------------------------------------ interruptions

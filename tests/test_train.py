@@ -273,7 +273,7 @@ def test_the_loss_in_chunks_is_the_loss_of_whole_sequences(tiny, monkeypatch, lo
         sizes.append(len(arguments[3]))
         return dipo.position_terms(*arguments)
 
-    monkeypatch.setattr(train, "CHUNK", limit * TINY.vocab_size)
+    monkeypatch.setattr(train, "chunk_positions", lambda *_: limit)
     found = gradients(tiny, losses, micro, position_terms=score, **options)
     lengths = [e.answer_length for role in dipo.ROLES[: 1 + (losses[1] != "none")] for e in seven(tiny)[role]]
     if losses[0] == "dpo":  # an answer and its refusal stay together
@@ -462,7 +462,7 @@ def test_gradient_checkpointing_changes_nothing_in_a_run(cli, monkeypatch, refer
 @pytest.mark.parametrize("positions", [1, 7])
 def test_a_run_in_small_chunks_is_the_same_run(cli, monkeypatch, positions, reference):
     cli(*SMALL, "--reference", reference, "--out", "a")
-    monkeypatch.setattr(train, "CHUNK", positions * TINY.vocab_size)
+    monkeypatch.setattr(train, "chunk_positions", lambda *_: positions)
     assert cli(*SMALL, "--reference", reference, "--out", "b")[0] == 0
     assert_same_log("a", "b")
 
@@ -638,7 +638,7 @@ COMPILED = {"plain": [], "checkpointing": ["--gradient-checkpointing"], "anchore
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_run_equals_eager(cli, monkeypatch, kind):
     if kind == "checkpointing":  # all that is computed twice: blocks, and the head piece by piece
-        monkeypatch.setattr(train, "CHUNK", 7 * TINY.vocab_size)
+        monkeypatch.setattr(train, "chunk_positions", lambda *_: 7)
     arguments = [*SMALL, *COMPILED[kind], "--epochs", "0.8"]
     cli(*arguments, "--no-gradient-checkpointing", "--out", "a")
     assert cli(*arguments, "--out", "b", "--compile")[0] == 0

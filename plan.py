@@ -1,0 +1,286 @@
+"""What a training step takes: bytes of one rank, counted from config.json and the flags alone, and what fits on which card.
+
+python train.py --plan --model llama2-7b --world-size 8     one model: where the bytes go, and the largest micro-batches
+python plan.py                                              the table of docs/running.md
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from checkpoint import RunError
+from config import AUTO, TOFU_LENGTHS, Config, Plan
+from dipo import LOSSES
+from eval import resolve_model
+from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
+
+CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
+SPARE = 0.9  # of the memory that is free: what a micro-batch chosen here may take
+LLAMA3 = LlamaConfig(vocab_size=128256, num_key_value_heads=8)
+SHAPES = {  # known without their config.json
+    "llama3.2-1b": dataclasses.replace(
+        LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True
+    ),
+    "llama3.2-3b": dataclasses.replace(
+        LLAMA3,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        tie_word_embeddings=True,
+    ),
+    **dict.fromkeys(("llama2-7b", "muse-news", "muse-books"), LlamaConfig()),
+    "llama3.1-8b": dataclasses.replace(LLAMA3, intermediate_size=14336),
+    "llama2-13b": LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40
+    ),
+    "llama2-70b": LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+    ),
+}
+# Bytes per logit of loss and gradient at their fullest, head included, by bench/memory.py's kind of measurement:
+# {loss: eager float32, bfloat16, compiled float32, bfloat16}; the others have REST.
+LOGIT = {"dipo": (36, 32, 16, 12), "anchored": (45, 42, 21, 20), "anchored-npo": (29, 29, 21, 20), "kl": (29, 25, 12, 8)}
+REST = (24, 20, 12, 8)
+
+
+class Pass(NamedTuple):
+    """What one forward and backward pass reads."""
+
+    tokens: int
+    answers: int  # positions that predict an answer token
+    alike: int  # of these, of the set that has more: losses are of one set at a time
+    first: bool = False  # of its step: there are no gradients yet
+
+
+class Machine(NamedTuple):
+    """What a step runs on, beside the settings."""
+
+    card: float = 0.0  # bytes of a GPU, 0 for a CPU
+    world: int = 1  # ranks that share parameters, gradients and moments, by rows
+    cpu_offload: bool = False  # parameters, gradients and moments lie in host memory
+
+
+Shapes = list[tuple[int, ...]]
+
+
+def parameters(c: LlamaConfig) -> tuple[Shapes, Shapes]:
+    """The shapes of the parameters of (a block, all that is outside of the blocks)."""
+    d, f, q, g = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    block = [(q, d), (g, d), (g, d), (d, q), (f, d), (f, d), (d, f), (d,), (d,)]
+    return block, [(c.vocab_size, d)] * (2 - c.tie_word_embeddings) + [(d,)]
+
+
+def count(c: LlamaConfig, world: int = 1, each=math.prod) -> int:
+    """Sum of `each` over what the first of so many ranks holds of each tensor: ceil(rows / world)."""
+    block, root = ([each((-(-rows // world), *rest)) for rows, *rest in shapes] for shapes in parameters(c))
+    return c.num_hidden_layers * sum(block) + sum(root)
+
+
+def moments(config: Config, shape: tuple[int, ...]) -> int:
+    """Bytes of the optimizer's state for one tensor; 8-bit: two bytes a number and two float32 for each 256."""
+    n = math.prod(shape)
+    return n * 65 // 32 if config.optimizer == "adamw8bit" and n >= 4096 and n % 256 == 0 else 8 * n
+
+
+def ways(config: Config, machine: Machine) -> tuple[int, bool]:
+    """(bytes of an activation, whether it is compiled), as train.py has it where nothing is said."""
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and machine.card > 0)
+    return 2 if half else 4, machine.card > 0 if config.compile is None else config.compile
+
+
+def kept_of_block(c: LlamaConfig, size: int, wide: int, compiled: bool) -> int:
+    """Bytes per token that the backward pass keeps of a block: norms, what goes into matrices, attention, the MLP's middle.
+    size: bytes of an activation; wide: of those of attention."""
+    d, f, q, g = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = 4 * size * d if compiled else 16 * d + 2 * size * d
+    return norms + size * (q + (3 if compiled else 4) * f) + 2 * wide * (q + g) + 4 * c.num_attention_heads + 8
+
+
+def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[str, int]:
+    """{what: bytes} on a rank's device at the fullest moment of a pass: in its loss, or at the end of its backward pass.
+    Counted from model.py and train.compute_gradients; bench/memory.py compares it with what is measured."""
+    (n, answers, alike, first), d, f = work, c.hidden_size, c.intermediate_size
+    size, compiled = ways(config, machine)
+    cast = 0 if size == 4 else size  # what `Linear` makes of each number of a weight
+    wide = size if machine.card else 4  # attention's, which is float32 on CPUs
+    block, root = (sum(map(math.prod, shapes)) for shapes in parameters(c))
+    head, layers = c.vocab_size * d, c.num_hidden_layers
+    kept = kept_of_block(c, size, wide, compiled)
+    blocks, casts = layers * kept * n, layers * cast * block
+    backward = n * (3 * size * f + 12 * d) + (4 + cast) * d * f  # beside it: gradients within a block, of one matrix
+    if config.gradient_checkpointing:
+        blocks, casts, backward = layers * size * d * n, 0, backward + kept * n + cast * block
+    around = n * size * (2 * c.head_dim + d) + answers * d * (8 + 3 * size)  # positions, embedding, final norm and head
+    rows = [name for name, _ in config.parts.values()]
+    logits = min(alike, chunk_positions(c.vocab_size, machine.card)) * c.vocab_size
+    dense = max(LOGIT.get(name, REST)[2 * compiled + (size == 2)] for name in rows)
+    loss = cast * head + max(dense * logits, 2 * size * logits + (4 + cast) * head)
+    reference = 0
+    if any(LOSSES[name].reference for name in rows):
+        reference = size * (count(c) if config.reference == "recompute" else head)
+    shared, here = machine.world > 1 or machine.cpu_offload, 0 if machine.cpu_offload else 1
+    held = 4 * count(c, machine.world) * here
+    fixed = {
+        "parameters": held,
+        "moments": count(c, machine.world, lambda shape: moments(config, shape)) * here,
+        # FSDP's: the root stays whole, beside it the block that is worked on and the next, with their gradients
+        "gathered parameters and gradients": (8 * root + 16 * block) * shared,
+        "reference's head" if config.reference == "cached" else "reference": reference,
+    }
+    early = held if not first else 0 if shared else 4 * head
+    moments_of = (
+        {"gradients": early, "cast weights": casts, "activations": blocks + around, "loss": max(loss, backward)},
+        {"gradients": held, "cast weights": 0, "activations": around, "loss": 4 * head},
+    )
+    return fixed | max(moments_of, key=lambda moment: sum(moment.values()))
+
+
+def largest(c: LlamaConfig, config: Config, groups: Sequence[tuple[int, int]], free: float, machine: Machine) -> int:
+    """The groups that share a pass so that a step takes the fewest passes in `free` bytes, 0 where not even one fits.
+
+    groups: (tokens, answer positions) of those of a rank's step; the longest may come together.
+    """
+    tokens, answers = ([0, *itertools.accumulate(sorted(x, reverse=True))] for x in zip(*groups, strict=True))
+    for size in sorted({-(-len(groups) // passes) for passes in range(1, len(groups) + 1)}, reverse=True):
+        alike = answers[min(size, -(-config.batch_size // machine.world))]
+        work = Pass(tokens[size], answers[size], alike, size == len(groups))
+        if sum(step(c, config, work, machine).values()) <= free:
+            return size
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ --micro-batch-size auto
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process could have more of. Raises RunError where the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        raise RunError("--micro-batch-size auto: this system does not tell what is free; pass a number") from None
+
+
+def groups_of(config: Config, examples: dict[str, list]) -> list[tuple[int, int]]:
+    """(tokens, answer positions) of the longest groups that a step may have. examples: as `train.draw_parts` takes them."""
+    found = []
+    for role, (name, _) in config.parts.items():
+        longest = [max(x, key=lambda e: len(e.ids)) for x in examples["refusals"]] if LOSSES[name].refusals else []
+        rows = list(zip(examples[role], longest, strict=True)) if longest else [(e,) for e in examples[role]]
+        sizes = [(sum(len(e.ids) - 1 for e in row), sum(e.answer_length for e in row)) for row in rows]
+        repeated = 1 - (1 - config.batch_size) // len(sizes)  # orders of the set that a step may see
+        found += sorted(sizes * repeated, reverse=True)[: config.batch_size]
+    return sorted(found, reverse=True)
+
+
+def micro_batch_size(config: Config, c: LlamaConfig, examples: dict[str, list], device: torch.device, world: int = 1) -> int:
+    """How many groups share a pass: what was asked for or, where that is `auto`, as many as fit; that is printed. The
+    parameters lie on the device already, but for `cpu_offload`. Ranks must agree on one answer: their least."""
+    if config.micro_batch_size != AUTO:
+        return config.micro_batch_size
+    groups = groups_of(config, examples)
+    groups = groups[: -(-len(groups) // world)]
+    machine = Machine(device_memory(device), world, config.cpu_offload and device.type == "cuda")
+    free = SPARE * free_memory(device) / (1 if machine.card else world)  # ranks of a CPU share its memory
+    free += 0 if machine.cpu_offload else 4 * count(c, world)
+    size = max(1, largest(c, config, groups, free, machine))
+    print(f"micro-batch: {size} of the {len(groups)} sequences of a step, by {free / 1e9:.3g} GB of memory", flush=True)
+    return size
+
+
+# ------------------------------------------------------------------------------------------------------------------ --plan
+
+
+def shape_of(config: Config) -> LlamaConfig:
+    """Of the model that is named. Raises ModelError as `resolve_model` and `read_config`."""
+    if config.model == "toy":
+        raise RunError("--plan: the toy's models are made by its first run; name one of their folders with --model")
+    if config.model in SHAPES:
+        return SHAPES[config.model]
+    source = resolve_model(config.model, "base" if config.finetune else "target")
+    return read_config(resolve_folder(source, ("config.json", "generation_config.json")))
+
+
+def groups_asked(config: Config, asked: Plan) -> list[tuple[int, int]]:
+    """(tokens, answer positions) of each group of a rank's step, all alike."""
+    sizes = [1 + LOSSES[name].refusals for name, _ in config.parts.values()]
+    return [(asked.tokens * max(sizes), asked.answers * max(sizes))] * -(-len(sizes) * config.batch_size // asked.world_size)
+
+
+def report(config: Config, asked: Plan) -> str:
+    """What a run with these settings needs, as lines of text: a rank's device, what lies elsewhere, and what fits."""
+    c, groups = shape_of(config), groups_asked(config, asked)
+    machine = Machine(0 if config.device == "cpu" else 1e9 * CARDS[1], asked.world_size, config.cpu_offload)
+    size, compiled = ways(config, machine)
+    micro = min(config.micro_batch_size or 8, len(groups))
+    tokens, answers = groups[0]
+    how = f"{'bfloat16' if size == 2 else 'float32'}, {'compiled' if compiled else 'eager'}, {config.optimizer}"
+    losses = " + ".join(name for name, _ in config.parts.values())
+    alike = min(micro, -(-config.batch_size // machine.world)) * answers
+    needs = step(c, config, Pass(micro * tokens, micro * answers, alike, micro == len(groups)), machine)
+    every = count(c)
+    kept = count(c, each=lambda shape: 4 * math.prod(shape) + moments(config, shape))
+    elsewhere = {
+        "state in host memory, a rank": (4 * count(c, asked.world_size) + kept // asked.world_size) * config.cpu_offload,
+        "reference's states in host memory, all ranks, for 1,000 sequences": 1000 * answers * c.hidden_size * size,
+        f"checkpoints on disk, all ranks (--keep {config.keep}, and one while it is written)": (config.keep + 1) * kept,
+        "model/ on disk": every * size,
+    }
+    if config.reference != "cached":
+        del elsewhere["reference's states in host memory, all ranks, for 1,000 sequences"]
+
+    def table(title: str, rows: dict[str, int]) -> list[str]:
+        return [f"\n{title:<76}{'GB':>10}", *(f"  {k:<74}{v / 1e9:>10.3f}" for k, v in rows.items() if v)]
+
+    lines = [
+        f"{config.model}: {every:,} parameters; {how}; {losses}",
+        f"ranks: {asked.world_size}; sequences of a rank's step: {len(groups)}, {micro} in a pass; "
+        f"tokens of a sequence: {asked.tokens}, {asked.answers} of them answer",
+    ]
+    lines += table("a rank's device, at its fullest", needs | {"together": sum(needs.values())})
+    lines += table("elsewhere", elsewhere)
+    if machine.card:
+        lines.append("\nlargest --micro-batch-size on a card of" + "".join(f"{f'{card} GB':>10}" for card in CARDS))
+        for checkpointing, offload in itertools.product((False, True), repeat=2):
+            flags = ["--gradient-checkpointing"] * checkpointing + ["--cpu-offload"] * offload
+            changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
+            found = [largest(c, changed, groups, 1e9 * x, Machine(1e9 * x, asked.world_size, offload)) for x in CARDS]
+            lines.append(f"  {' '.join(flags) or '(neither)':<37}" + "".join(f"{x or '-':>10}" for x in found))
+    return "\n".join(lines)
+
+
+WAYS = {  # {what is written behind the number: settings}, the first that fits is told
+    "": (False, "adamw", False), "c": (True, "adamw", False), "8": (False, "adamw8bit", False),
+    "8c": (True, "adamw8bit", False), "oc": (True, "adamw", True),
+}  # fmt: skip
+
+
+def what_fits() -> str:
+    """Markdown: the largest micro-batch of the paper's setting on so many cards of each size, and what it takes."""
+    names = "llama3.2-1b", "llama2-7b", "llama3.1-8b", "llama2-13b", "llama2-70b"
+    lines = ["| model | cards | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "| --- " * (2 + len(CARDS)) + "|"]
+    for name, world in itertools.product(names, (1, 2, 8, 64)):
+        cells = []
+        for card in CARDS:
+            for mark, (checkpointing, optimizer, offload) in WAYS.items():
+                config = Config(model=name, gradient_checkpointing=checkpointing, optimizer=optimizer)
+                groups = groups_asked(config, Plan(world, *TOFU_LENGTHS))
+                if size := largest(SHAPES[name], config, groups, 1e9 * card, Machine(1e9 * card, world, offload)):
+                    cells.append(f"{size} {mark}".strip())
+                    break
+            else:
+                cells.append("-")
+        lines.append(f"| {name} | {world} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(what_fits())
