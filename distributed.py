@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import files
 from files import UserError, first_line
-from model import Llama, whole
+from model import Llama, RMSNorm, whole
 
 PATIENCE = 20  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
 COMPILING = 600  # seconds that a rank may wait for the others where blocks are compiled: each compiles for itself
@@ -283,7 +283,14 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
     cpu_offload: rows, gradients and moments stay in host memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     if not dist.is_initialized():
         if device.type == "cuda":
@@ -297,13 +304,19 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
         )  # fmt: skip
     mesh = init_device_mesh(device.type, (world(),))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    # In bfloat16 matrices are gathered as they are used, half the bytes, and no rank keeps casts of them all; norms are used
+    # in float32, so that they are gathered by themselves. Gradients are summed in float32.
+    half = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, offload_policy=offload)
+        if model.compute_dtype != torch.float32:
+            for norm in (m for m in block.modules() if isinstance(m, RMSNorm)):
+                fully_shard(norm, mesh=mesh, offload_policy=offload)
+        fully_shard(block, mesh=mesh, offload_policy=offload, mp_policy=half)
     fully_shard(model, mesh=mesh, offload_policy=offload, reshard_after_forward=False)
-    for module in (*model.model.layers, model):
+    for module in (m for m in model.modules() if isinstance(m, FSDPModule)):
         # Sums, for each loss is normalised over the whole batch. Both: gloo has no scaled sum.
-        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
     model.to_empty(device="cpu" if cpu_offload else device)
     model.compute_device = device

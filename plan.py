@@ -111,10 +111,12 @@ def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[s
     block, root = (sum(map(math.prod, shapes)) for shapes in parameters(c))
     head, layers = c.vocab_size * d, c.num_hidden_layers
     kept = kept_of_block(c, size, wide, compiled)
-    blocks, casts = layers * kept * n, layers * cast * block
+    shared, here = machine.world > 1 or machine.cpu_offload, 0 if machine.cpu_offload else 1
+    cast_block = 0 if shared else cast * block  # blocks that are split are gathered as they are used
+    blocks, casts = layers * kept * n, layers * cast_block
     backward = n * (3 * size * f + 12 * d) + (4 + cast) * d * f  # beside it: gradients within a block, of one matrix
     if config.gradient_checkpointing:
-        blocks, casts, backward = layers * size * d * n, 0, backward + kept * n + cast * block
+        blocks, casts, backward = layers * size * d * n, 0, backward + kept * n + cast_block
     around = n * size * (2 * c.head_dim + d) + answers * d * (8 + 3 * size)  # positions, embedding, final norm and head
     rows = [name for name, _ in config.parts.values()]
     logits = min(alike, chunk_positions(c.vocab_size, machine.card)) * c.vocab_size
@@ -123,13 +125,12 @@ def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[s
     reference = 0
     if any(LOSSES[name].reference for name in rows):
         reference = size * (count(c) if config.reference == "recompute" else head)
-    shared, here = machine.world > 1 or machine.cpu_offload, 0 if machine.cpu_offload else 1
     held = 4 * count(c, machine.world) * here
     fixed = {
         "parameters": held,
         "moments": count(c, machine.world, lambda shape: moments(config, shape)) * here,
         # FSDP's: the root stays whole, beside it the block that is worked on and the next, with their gradients
-        "gathered parameters and gradients": (8 * root + 16 * block) * shared,
+        "gathered parameters and gradients": (8 * root + (16 if size == 4 else 10) * block) * shared,
         "reference's head" if config.reference == "cached" else "reference": reference,
     }
     early = held if not first else 0 if shared else 4 * head
