@@ -286,6 +286,8 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 
     if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         wait = datetime.timedelta(seconds=COMPILING if compiled else PATIENCE)
         assert _ranks is not None
         store = dist.PrefixStore("group", _ranks.store)

@@ -92,13 +92,15 @@ def score_reference(model, examples: list[Example]) -> list[float]:
     return losses
 
 
-def generate_reference(model, prompts: list[list[int]], new_tokens: int, stop: list[int]) -> list[list[int]]:
+def generate_reference(
+    model, prompts: list[list[int]], new_tokens: int, stop: list[int], size: int = GENERATION_BATCH
+) -> list[list[int]]:
     out = []
-    for start in range(0, len(prompts), GENERATION_BATCH):
-        chunk = prompts[start : start + GENERATION_BATCH]
+    for start in range(0, len(prompts), size):
+        chunk = prompts[start : start + size]
         T = max(map(len, chunk))
-        ids = torch.tensor([[stop[0]] * (T - len(p)) + p for p in chunk])
-        mask = (torch.arange(T) >= torch.tensor([[T - len(p)] for p in chunk])).long()
+        ids = torch.tensor([[stop[0]] * (T - len(p)) + p for p in chunk]).to(model.device)
+        mask = (torch.arange(T) >= torch.tensor([[T - len(p)] for p in chunk])).long().to(model.device)
         with torch.no_grad():
             found = model.generate(
                 ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, eos_token_id=stop, pad_token_id=stop[0]
@@ -113,11 +115,13 @@ def score_ours(model: Llama, examples: list[Example]) -> list[float]:
     return [losses[text.key] for text in texts]
 
 
-def generate_ours(model: Llama, prompts: list[list[int]], new_tokens: int, stop: list[int]) -> list[list[int]]:
+def generate_ours(
+    model: Llama, prompts: list[list[int]], new_tokens: int, stop: list[int], size: int = GENERATION_BATCH
+) -> list[list[int]]:
     model, out = evaluated(model), {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), GENERATION_BATCH):
-        chunk = order[start : start + GENERATION_BATCH]
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
         out |= zip(chunk, generate(model, [prompts[i] for i in chunk], new_tokens, stop), strict=True)
     return [out[i] for i in range(len(prompts))]
 

@@ -19,7 +19,6 @@ import gc
 import json
 import math
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -36,18 +35,10 @@ import data  # noqa: E402
 import dipo  # noqa: E402
 import reference  # noqa: E402
 import train  # noqa: E402
-from bench.machine import matmul_rate, pick_dtype  # noqa: E402
+from bench.machine import available_memory, matmul_rate, pick_dtype  # noqa: E402
+from bench.setting import SHAPES, config_of, make_examples, make_model, on_meta, predicted_memory, work  # noqa: E402
 from config import Config  # noqa: E402
-from model import Llama, LlamaConfig, load_pretrained, read_config, resolve_folder  # noqa: E402
-from tofu import load_rows  # noqa: E402
 
-SHAPES = {
-    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 2048, tie_word_embeddings=True),
-    "smollm2-360m": LlamaConfig(49152, 960, 2560, 32, 15, 5, 64, 2048, tie_word_embeddings=True),
-    "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 2048, tie_word_embeddings=True),
-    "llama2-7b": LlamaConfig(),
-    "small": LlamaConfig(49152, 256, 688, 8, 4, 4, 64, 2048, tie_word_embeddings=True),
-}
 WITHOUT = {
     "1 cached reference": "ours-recompute",
     "2 head at answer positions": "ours-all-positions",
@@ -66,48 +57,6 @@ NAMES = {
     "field": "DiPO, the field's way",
     "field-npo": "NPO+GD, the field's way",
 }
-
-
-# ------------------------------------------------------------------------------------------------------ model and data
-
-
-def make_model(args) -> Llama:
-    compute_dtype = getattr(torch, args.dtype)
-    if args.model:
-        return load_pretrained(args.model, device=args.device, dtype=torch.float32, compute_dtype=compute_dtype)
-    config = SHAPES[args.shape]
-    if args.vocab:
-        config = dataclasses.replace(config, vocab_size=args.vocab)
-    with torch.device(args.device):
-        model = Llama(config, compute_dtype)
-    generator = torch.Generator(args.device).manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim == 2:
-                p.normal_(0, config.initializer_range, generator=generator)
-        # Logits with a standard deviation of 4, so that few tokens are of high confidence, as in a trained model.
-        model.model.norm.weight.fill_(4 / (config.initializer_range * config.hidden_size**0.5))
-    return model
-
-
-def make_examples(args, vocabulary: int) -> dict[str, list[data.Example]]:
-    """{'forget', 'retain'}: TOFU's questions where a tokenizer and the data are at hand, else tokens of such lengths."""
-    if args.model and args.data_dir and not args.length:
-        tokenizer = data.Tokenizer(resolve_folder(args.model))
-        rows = {
-            role: load_rows(f"tofu_{name}", args.data_dir) for role, name in (("forget", "forget10"), ("retain", "retain90"))
-        }
-        return {role: data.draw(tokenizer.encode_rows(r), 0, role, 0, args.batch) for role, r in rows.items()}
-    rng = random.Random(0)
-
-    def example(key):
-        # forget10 in SmolLM2's tokens: prompts 48 +- 7, answers 37 +- 17
-        prompt, answer = max(8, round(rng.gauss(48, 7))), max(4, round(rng.lognormvariate(3.52, 0.43)))
-        if args.length:
-            prompt, answer = args.length // 2, args.length - args.length // 2
-        return data.Example(key, tuple(rng.randrange(3, vocabulary) for _ in range(prompt + answer)), prompt)
-
-    return {role: [example(f"{role}/{i}") for i in range(args.batch)] for role in ("forget", "retain")}
 
 
 # ------------------------------------------------------------------------------------------------------------ variants
@@ -337,8 +286,15 @@ class Worker:
 
 
 def measure(variants: list[str], args, steps: int, **changed) -> dict[str, dict]:
-    """Steps of several variants in turns; {variant: medians}."""
-    workers = []
+    """Steps of several variants, in turns where they fit into memory together; {variant: medians}."""
+    found: dict[str, dict] = {}
+    for some in fitting(variants, args, **changed):
+        found |= in_turns(some, args, steps, **changed)
+    return found
+
+
+def in_turns(variants: list[str], args, steps: int, **changed) -> dict[str, dict]:
+    workers: list[Worker] = []
     try:
         for variant in variants:  # one after the other: compiling takes all cores
             workers.append(Worker(variant, args, **changed))
@@ -361,17 +317,25 @@ def matmul_ceiling(args) -> float:
     return matmul_rate(getattr(torch, args.dtype), args.device, sizes[: 3 if args.device.startswith("cuda") else 2])
 
 
-def work(config: LlamaConfig, examples: dict[str, list[data.Example]]) -> dict:
-    """Tokens and floating-point operations of one step: what has to be computed, however it is computed."""
-    c, every = config, [e for x in examples.values() for e in x]
-    lengths, answers = [len(e.ids) - 1 for e in every], sum(e.answer_length for e in every)
-    attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    block = attention + 3 * c.hidden_size * c.intermediate_size
-    blocks = 6 * c.num_hidden_layers * block * sum(lengths)
-    # causal: half of T x T, scores and values, forward and twice backward
-    blocks += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sum(t * t for t in lengths)
-    head = 2 * c.vocab_size * c.hidden_size * answers
-    return {"tokens": sum(lengths), "answer_tokens": answers, "finetuning": blocks + 3 * head, "dipo": blocks + 4 * head}
+PROCESS = 500e6  # bytes of a process without a model, on a CPU
+
+
+def fitting(variants: list[str], args, **changed) -> list[list[str]]:
+    """The variants in sets that fit into memory side by side: all, or where they only fit one by one, each alone. Says what
+    each needs and leaves out, by name, what does not fit at all."""
+    args = argparse.Namespace(**(vars(args) | changed))
+    config = config_of(args)
+    examples, left, needed = make_examples(args, config.vocab_size), available_memory(args.device), {}
+    for v in variants:
+        state, above = predicted_memory(v, args, config, examples)
+        needed[v] = state + above + (0 if args.device.startswith("cuda") else PROCESS)
+        fits = "" if needed[v] <= left else f": LEFT OUT, {left / 1e9:.1f} are available"
+        print(f"{NAMES[v]}: needs {needed[v] / 1e9:.1f} GB, {state / 1e9:.1f} of it state (predicted){fits}", flush=True)
+    rest = [v for v in variants if needed[v] <= left]
+    if (total := sum(needed[v] for v in rest)) <= left:
+        return [rest] if rest else []
+    print(f"one after the other, not in turns: together {total / 1e9:.1f} GB, {left / 1e9:.1f} are available", flush=True)
+    return [[v] for v in rest]
 
 
 def table(results: dict[str, dict], counted: dict, ceiling: float) -> str:
@@ -410,8 +374,8 @@ SWEEPS = {
 
 
 def exponent(xs: list[float], ys: list[float]) -> float:
-    """The slope of log y against log x, by least squares."""
-    x, y = [math.log(v) for v in xs], [math.log(v) for v in ys]
+    """The slope of log y against log x, by least squares, without what was left out (nan)."""
+    x, y = zip(*((math.log(a), math.log(b)) for a, b in zip(xs, ys, strict=True) if not math.isnan(b)), strict=True)
     mx, my = statistics.mean(x), statistics.mean(y)
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
@@ -426,8 +390,9 @@ def sweep(args) -> dict:
             config = SHAPES[changed["shape"]]
             parameters = sum(p.numel() for p in on_meta(config).parameters())
             xs.append(parameters if axis == "model" else value)
-            for variant, r in measure(list(rows), args, 3, **changed).items():
-                rows[variant].append(r)
+            measured = measure(list(rows), args, 3, **changed)
+            for variant in rows:
+                rows[variant].append(measured.get(variant, {"seconds": math.nan, "above": math.nan}))
             both = ", ".join(f"{v} {r[-1]['seconds']:.2f} s, {r[-1]['above'] / 1e6:,.0f} MB" for v, r in rows.items())
             print(f"{axis} {value}: {both}", flush=True)
         found[axis] = {"x": xs}
@@ -435,11 +400,6 @@ def sweep(args) -> dict:
             found[axis][variant] = {key: [r[key] for r in results] for key in ("seconds", "above")}
             found[axis][variant] |= {f"exponent_{k}": exponent(xs, found[axis][variant][k]) for k in ("seconds", "above")}
     return found
-
-
-def on_meta(config: LlamaConfig) -> Llama:
-    with torch.device("meta"):
-        return Llama(config)
 
 
 def draw_sweeps(found: dict, path: Path) -> None:
@@ -526,8 +486,7 @@ def main() -> int:
     if unknown := [v for group in groups for v in group if v not in NAMES]:
         raise SystemExit(f"error: --only {unknown[0]}: unknown; known are {', '.join(NAMES)}")
     args.dtype, why = pick_dtype(args.dtype, args.device)
-    config = read_config(resolve_folder(args.model)) if args.model else SHAPES[args.shape]
-    config = dataclasses.replace(config, vocab_size=args.vocab or config.vocab_size)
+    config = config_of(args)
     counted, ceiling = work(config, make_examples(args, config.vocab_size)), matmul_ceiling(args)
     print(
         f"{args.model or args.shape + ', random weights'}; {args.device}, {args.dtype} ({why}), "
@@ -545,7 +504,9 @@ def main() -> int:
             break
         steps = (1 if number else 2) if args.quick else args.steps
         measured = measure(group, args, steps)
-        first = measured[group[0]]["all_seconds"]
+        if not measured:
+            continue
+        first = measured[group[0]]["all_seconds"] if group[0] in measured else [math.nan] * steps
         for variant, r in measured.items():
             r["ratio_to_first"] = statistics.median(a / b for a, b in zip(r["all_seconds"], first, strict=True))
             results.setdefault(variant, r)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,122 @@ def test_scoring_and_generation_equal_transformers(monkeypatch):
     prompts, stop = [list(e.ids[: e.prompt_length]) for e in examples], list(TINY.eos_token_ids)
     assert bench.score_ours(ours, examples) == pytest.approx(bench.score_reference(theirs, examples), rel=1e-4)
     assert bench.generate_ours(ours, prompts, 6, stop) == bench.generate_reference(theirs, prompts, 6, stop)
+
+
+def settings(**changed) -> argparse.Namespace:
+    known = {"model": None, "data_dir": None, "shape": "small", "vocab": None, "length": 64, "dtype": "float32"}
+    known |= {"device": "cpu", "batch": 4, "micro_batch_size": 4, "gradient_checkpointing": False}
+    return argparse.Namespace(**(known | changed))
+
+
+@pytest.mark.parametrize("variant", ["ours", "ours-eager", "ours-checkpointing", "ours-padded", "field", "finetune"])
+def test_more_of_anything_needs_no_less_memory(step, variant):
+    needs = []
+    for changed in ({}, {"length": 128}, {"vocab": 2**17}, {"shape": "smollm2-135m"}, {"batch": 16}):
+        args = settings(**changed)
+        config = step.config_of(args)
+        needs.append(step.predicted_memory(variant, args, config, step.make_examples(args, config.vocab_size)))
+    (state, above), *larger = needs
+    assert all(s >= state and a >= above > 0 for s, a in larger)
+    assert state == 16 * sum(p.numel() for p in step.on_meta(step.config_of(settings())).parameters())
+
+
+def test_what_does_not_fit_is_left_out_by_name_before_it_starts(step, monkeypatch, capsys):
+    """Side by side where all fit, else one after the other; what does not fit alone is named, and never started."""
+    args, variants = settings(batch=32), ["ours", "finetune", "field"]
+    examples = step.make_examples(args, step.config_of(args).vocab_size)
+    needs = {v: sum(step.predicted_memory(v, args, step.config_of(args), examples)) + step.PROCESS for v in variants}
+    assert needs["field"] > needs["ours"] + needs["finetune"] + 1
+    started = []
+
+    def started_with(variants, args, steps, **changed):
+        started.append(variants)
+        return dict.fromkeys(variants, {})
+
+    monkeypatch.setattr(step, "in_turns", started_with)
+    for left, expected in (
+        (sum(needs.values()) + 1, [variants]),
+        (sum(needs.values()) - 1, [["ours"], ["finetune"], ["field"]]),
+        (needs["ours"] + needs["finetune"] + 1, [["ours", "finetune"]]),
+        (1e6, []),
+    ):
+        monkeypatch.setattr(step, "available_memory", lambda device, left=left: left)
+        started.clear()
+        found = step.measure(variants, args, 1)
+        assert started == expected and [*found] == [v for some in expected for v in some]
+        said = capsys.readouterr().out
+        assert f"{step.NAMES['field']}: needs {needs['field'] / 1e9:.1f} GB" in said
+        assert ("one after the other" in said) == (len(expected) == 3)
+        assert (f"LEFT OUT, {left / 1e9:.1f} are available" in said) == ("field" not in found)
+
+
+def test_available_memory_is_the_machines_or_the_containers(tmp_path):
+    from bench.machine import available_memory
+
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert available_memory("cpu", tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("3000000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
+    for limit, expected in (("max", 5000 * 1024), ("4000000", 1500000), ("99000000", 5000 * 1024)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert available_memory("cpu", tmp_path) == expected
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """(the module, a function of its parts: rehearse them, -> (exit status, {part: how it ended}))."""
+    bench = script("gpu")
+    monkeypatch.setattr(bench.train, "compile_step", lambda model: dipo.position_terms)
+
+    def rehearse(call: str, *parts: str) -> tuple[int, dict[str, str]]:
+        flags = ["--device", "cpu", "--tiny", "--out", str(tmp_path), *(["--only", ",".join(parts)] if parts else [])]
+        status = bench.main([call, *flags])
+        return status, json.loads((tmp_path / f"gpu-{call}.json").read_text())["status"]
+
+    return bench, rehearse
+
+
+def test_what_a_gpu_must_compute_rightly_is_rehearsed_on_the_cpu(gpu, monkeypatch):
+    bench, rehearse = gpu
+    parts = "attention", "gradients", "generation"
+    assert rehearse("1", *parts) == (0, dict.fromkeys(parts, "ok"))
+    exact = bench.Packing.attend
+    monkeypatch.setattr(
+        bench.Packing, "attend", lambda self, q, k, v: exact(self, q, k, v * (1.02 if q.dtype != torch.float64 else 1))
+    )
+    status, ended = rehearse("1", "attention")
+    assert status == 1 and ended["attention"].startswith("WRONG: attention with 9 heads, 3 groups of 64")
+
+
+def test_a_part_that_fails_does_not_stop_the_next(gpu, monkeypatch, capsys):
+    bench, rehearse = gpu
+
+    def broken(b):
+        raise ValueError("no such kernel")
+
+    def fine(b):
+        return {"n": 1}
+
+    for name, status in (("attention", 1), ("steps", 0)):  # the first must be right, the second only measures
+        broken.__name__ = name
+        monkeypatch.setitem(bench.CALLS, "1", [broken, fine])
+        assert rehearse("1") == (status, {name: "failed: no such kernel", "fine": "ok"})
+        assert "ValueError: no such kernel" in capsys.readouterr().err
+
+
+def test_open_unlearning_gets_our_prompt():
+    from bench.peer import summary, template_of
+    from data import PROMPT_FORMATS
+
+    for name in ("smollm2", "llama2"):
+        t = template_of(argparse.Namespace(format=PROMPT_FORMATS[name]))
+        prompt = (
+            t["system_prompt_with_special_tokens"] + t["user_start_tag"] + "Who?" + t["user_end_tag"] + t["asst_start_tag"]
+        )
+        assert "{bos}" * (name == "llama2") + prompt == PROMPT_FORMATS[name].prompt.format(question="Who?", bos="{bos}")
+    turns = {"ours": [(1.0, None), (2.0, None), (1.0, None)], "open-unlearning": [(3.0, None), (8.0, None), (2.0, None)]}
+    found = summary(turns, 6e9, 2e9)
+    assert (found["ratio"], found["floor"], found["median"]["ours"]) == (3.0, 3.0, 1.0)
