@@ -139,7 +139,7 @@ def test_a_run_takes_what_is_predicted(tmp_path):
     settings = {"model": str(folder), "forget": "toy_forget10[:8]", "retain": "toy_retain90[:8]", "dtype": "float32"}
     settings |= {"batch_size": 8, "micro_batch_size": 8}
     command = [sys.executable, ROOT / "bench/memory.py", "--worker", json.dumps(settings)]
-    quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "LRU_CACHE_CAPACITY": "1", "OMP_NUM_THREADS": "1"}
+    quiet = {"MALLOC_MMAP_THRESHOLD_": "65536", "LRU_CACHE_CAPACITY": "1", "OMP_NUM_THREADS": "1"}  # as its QUIET
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
