@@ -28,7 +28,7 @@ import files
 from files import UserError, first_line
 from model import Llama, RMSNorm, whole
 
-PATIENCE = 20  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
+PATIENCE = 15  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
 COMPILING = 600  # seconds that a rank may wait for the others where blocks are compiled: each compiles for itself
 T = TypeVar("T")
 
@@ -252,7 +252,8 @@ def any_of(device: torch.device, flag: bool) -> bool:
 
 def totals(numbers: dict[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Each number's sum over the ranks. Waits for the device once."""
-    found = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in numbers.values()])
+    each = (x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in numbers.values())  # no copy to it
+    found = torch.stack([x.double() for x in each])
     if _ranks is not None:
         dist.all_reduce(found)
     return dict(zip(numbers, found.tolist(), strict=True))
