@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class NoRoom(RunError):
 def require_room(folder: Path, model: Llama, remedy: str, count: int = 1) -> None:
     """Raises NoRoom where the disk of a folder has no room for so many checkpoints."""
     size = count * 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    if (free := shutil.disk_usage(folder).free) < size:
+    if (free := distributed.on_first(lambda: shutil.disk_usage(folder).free)) < size:  # one answer for all processes
         raise NoRoom(f"{folder}: needs {size / 1e9:.3g} GB, the disk has {free / 1e9:.3g} GB free; {remedy}")
 
 
@@ -82,15 +83,16 @@ def save_checkpoint(
     folder = out / "checkpoint" / str(step)
     if len({*distributed.gather(step)}) > 1:
         raise RunError("the processes of the run are not at the same step: not saved")
-    names: dict[torch.Tensor, str] = {p: n for n, p in model.named_parameters()}
-    weights = {n: distributed.local(p.detach()).contiguous() for p, n in names.items()}
-    moments = {n: x.contiguous() for n, x in flat_state(optimizer, {n: p for p, n in names.items()}).items()}
+    parameters = distributed.parameters(model)
+    weights = {n: distributed.local(p.detach()).contiguous() for n, p in parameters.items()}
+    moments = {n: x.contiguous() for n, x in flat_state(optimizer, parameters).items()}
     try:
         with contextlib.ExitStack() as stack:
             with distributed.together():
                 if name := not_finite(weights | moments):
                     raise RunError(f"step {step}: {name} is not finite (overflow); start anew with a lower --lr")
-                require_room(out, model, "free some, or pass --save-every 0; then --resume")
+            require_room(out, model, "free some, or pass --save-every 0; then --resume")
+            with distributed.together():
                 discard(folder)
                 if distributed.first():
                     stack.enter_context(files.replacing(folder)).mkdir()
@@ -106,7 +108,7 @@ def save_checkpoint(
                 (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for old in checkpoints(out)[:-keep]:
             discard(old)
-        distributed.gather(step)  # it is there now, on every process
+        distributed.wait()  # it is there now
     except (OSError, SafetensorError) as e:
         raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
 
@@ -133,7 +135,7 @@ def verified(folder: Path) -> dict:
     if manifest["step"] != int(folder.name):
         raise RunError(f"manifest.json is of step {manifest['step']}")
     expected, count = manifest["files"], len(manifest["files"]) // len(TENSORS)
-    if {*expected} != {name for kind in TENSORS for name in shard_names(kind, count)}:
+    if not count or {*expected} != {name for kind in TENSORS for name in shard_names(kind, count)}:
         raise RunError("manifest.json does not name the files of a checkpoint")
     with distributed.together():
         for name in distributed.share(sorted(expected)):
@@ -197,11 +199,10 @@ def load_checkpoint(
             f"{out / 'config.json'}: its settings are not those of step {manifest['step']}; put them back, or pass "
             f"--resume-anyway"
         )
-    with distributed.together():
-        for name in GROWN if distributed.first() else ():
-            known = manifest["records"].get(name, {"bytes": 0, "sha256": ""})
-            if wrong := restore(out / name, known["bytes"], known["sha256"]):
-                raise RunError(f"{out / name}: {wrong}; put it back, or remove {folder} to go on from {whole(older)}")
+    for name in GROWN:
+        known = manifest["records"].get(name, {"bytes": 0, "sha256": ""})
+        if wrong := distributed.on_first(partial(restore, out / name, known["bytes"], known["sha256"])):
+            raise RunError(f"{out / name}: {wrong}; put it back, or remove {folder} to go on from {whole(older)}")
     return manifest["step"]
 
 

@@ -30,6 +30,7 @@ from model import Llama, RMSNorm, whole
 
 PATIENCE = 15  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
 COMPILING = 600  # seconds that a rank may wait for the others where blocks are compiled: each compiles for itself
+PIECE = 2**21  # letters that are put into the store at a time; it takes 8 MiB, and ends what sends more
 T = TypeVar("T")
 
 
@@ -57,23 +58,31 @@ class Ranks:
 
     def get(self, key: str, owner: int) -> str:
         """What `owner` sets under a key. Waits for it in Python, so that signals are heard. Raises RankError where
-        it is dead."""
+        it is dead, or waits elsewhere (`meet`)."""
+        seen, since = b"", time.monotonic()  # whether signs change, for clocks of other machines may be wrong
         for tries in itertools.count():
             if self.store.check([key]):
                 return self.store.get(key).decode()
-            if tries % 100 == 99 and self.store.check([f"alive/{owner}"]):
-                silent = time.time() - float(self.store.get(f"alive/{owner}").decode())
-                if silent > PATIENCE:
+            if tries % 20 == 19 and self.store.check([f"alive/{owner}"]):
+                if (sign := self.store.get(f"alive/{owner}")) != seen:
+                    seen, since = sign, time.monotonic()
+                if (silent := time.monotonic() - since) > PATIENCE:
                     raise RankError(lost(TimeoutError(f"process {owner} has shown no sign of life for {silent:.0f} s")))
+                if self.store.check([f"meeting {self.meetings + 1}/{owner}"]):
+                    raise RankError(lost(InterruptedError(f"process {owner} was interrupted")))
             time.sleep(min(0.05, 0.001 * (tries + 1)))
         raise AssertionError
 
     def gather(self, value: Any) -> list:
-        self.turn += 1
-        found = self.exchange(f"{self.turn}", value)
-        if self.turn > 2:  # all have read it, for they have all begun the turn after it
-            self.store.delete_key(f"{self.turn - 2}/{self.rank}")
-        return found
+        left, found, more = json.dumps(value), [""] * self.world, True
+        while more:
+            self.turn += 1
+            pieces = self.exchange(f"{self.turn}", [left[:PIECE], len(left) > PIECE])
+            found = [x + piece for x, (piece, _) in zip(found, pieces, strict=True)]
+            left, more = left[PIECE:], any(m for _, m in pieces)
+            if self.turn > 2:  # all have read it, for they have all begun the turn after it
+                self.store.delete_key(f"{self.turn - 2}/{self.rank}")
+        return [json.loads(x) for x in found]
 
     def exchange(self, key: str, value: Any) -> list:
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
@@ -217,6 +226,11 @@ def merged(found: dict[str, Any]) -> dict[str, Any]:
     return {k: v for part in gather(found) for k, v in part.items()}
 
 
+def wait() -> None:
+    """Until all are here, as long as they live. A collective ends the run after PATIENCE: nothing slow goes before one."""
+    gather(None)
+
+
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """A UserError that is raised in its block on one rank is raised on all, at its end."""
@@ -320,6 +334,7 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
         module.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
     model.to_empty(device="cpu" if cpu_offload else device)
+    vars(model)["rows"] = dict(model.named_parameters())
     model.compute_device = device
     places = {}
     for name, p in model.named_parameters():
@@ -328,6 +343,11 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
         assert here.shape[0] == rows.stop - rows.start
         places[name] = here, rows
     return places
+
+
+def parameters(model: Llama) -> dict[str, nn.Parameter]:
+    """By name; of a sharded model the rows that are kept, also where an error has left a pass with gathered ones."""
+    return vars(model).get("rows") or dict(model.named_parameters())
 
 
 def rows_of(p: Tensor) -> slice:

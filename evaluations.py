@@ -51,13 +51,15 @@ class Evaluations:
         trajectory = self.trajectory(step)
         if self.keep_best and self.best([*trajectory.records, record]) is record:
             files.remove(self.out / f"best-{step}")  # of a run that was killed here
-            save_pretrained(model, self.out / f"best-{step}", self.tokenizer.folder, self.tokenizer.format_name)
+            like = self.tokenizer.folder, self.tokenizer.format_name
+            save_pretrained(model, self.out / f"best-{step}", *like, distributed.wait)
         trajectory.add(record)
         if self.keep_best:
             kept = f"best-{self.best(trajectory.records)['step']}"
             for folder in self.out.glob("best-*"):
                 if folder.name != kept:
                     files.remove(folder)
+        distributed.wait()
         tqdm.write(f"epoch {epoch:g}: {self.benchmark.headline(record)}")
 
     def trajectory(self, before: float = math.inf) -> JsonLines:
@@ -84,10 +86,10 @@ class Evaluations:
         """Make the best model RUN/model; returns what summary.json says of it."""
         best = self.best(self.trajectory().records)
         folder = self.out / f"best-{best['step']}"
-        if not (self.out / "model").exists():
-            if not folder.exists():
-                raise RunError(f"{folder}: is gone; remove {self.out / 'checkpoint'} to train again from the start")
-            if distributed.first():
+        with distributed.together():
+            if distributed.first() and not (self.out / "model").exists():
+                if not folder.exists():
+                    raise RunError(f"{folder}: is gone; remove {self.out / 'checkpoint'} to train again from the start")
                 folder.rename(self.out / "model")
         print(f"kept: the model of step {best['step']}, epoch {best['epoch']:g} ({BEST})")
         return {"step": best["step"], "epoch": best["epoch"], "rule": BEST}

@@ -354,10 +354,8 @@ class Benchmark:
         stop = {*model.config.eos_token_ids, tokenizer.eos_id}
         hidden_id = tokenizer.eos_id if self.options.mask_quirk else None
         total = len(texts) + len(prompts) + len(gradients)
-        share, bar = (
-            distributed.share,
-            tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False),
-        )
+        share = distributed.share
+        bar = tqdm(total=total, initial=min(total, len(done)), desc=label, unit="text", leave=False)
         with distributed.together(), bar:
             for scores in score(model, share([text for text in texts if text.key not in done]), hidden_id):
                 if wrong := next((key for key, found in scores.items() if not math.isfinite(found["loss"])), None):

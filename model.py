@@ -598,19 +598,20 @@ def load_pretrained(
 
 
 def save_pretrained(
-    model: Llama, folder: str | Path, tokenizer_from: str | Path | None = None, prompt: str | None = None
-) -> Path:
+    model: Llama, folder: str | Path, tokenizer_from: str | Path | None = None, prompt: str | None = None,
+    wait: Callable[[], object] = bool,
+) -> Path:  # fmt: skip
     """Write a folder that `load_pretrained` and transformers' AutoModelForCausalLM read back, all tensors in the compute
     dtype: to the logits of `frozen_copy(norms=True)`. In bfloat16 that rounds norms that were trained in float32 (see
     docs/running.md); with both, transformers 4 computes nothing. tokenizer_from: a folder whose tokenizer files are copied
     along. prompt: the prompt format that the model was trained in, which config.json keeps. The folder appears whole or not
     at all. Raises ModelError if it exists already or cannot be written (no space).
 
-    A sharded model is gathered tensor by tensor and written by the first process; all must call."""
+    A sharded model is gathered tensor by tensor and written by the first process; all call, and `wait` after each file."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder)
-    if folder.exists():
+    if files.writing and folder.exists():
         raise ModelError(f"{folder}: exists already; remove it or choose another folder")
     raw = model.config.to_dict(model.compute_dtype) | ({"dipo": {"prompt_format": prompt}} if prompt else {})
     special = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -637,6 +638,7 @@ def save_pretrained(
                     state |= {name: tensor.cpu().contiguous()} if part else {}
                 if part:
                     save_file(state, part / file, metadata={"format": "pt"})
+                wait()
     except (OSError, SafetensorError) as e:
         raise ModelError(f"{folder}: could not be written ({first_line(e)}); free some space or choose another") from None
     return folder

@@ -21,17 +21,11 @@ from model import LlamaConfig, chunk_positions, device_memory, read_config, reso
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
 SPARE = 0.9  # of the memory that is free: what a micro-batch chosen here may take
 LLAMA3 = LlamaConfig(vocab_size=128256, num_key_value_heads=8)
+TIED = dataclasses.replace(LLAMA3, tie_word_embeddings=True)
 SHAPES = {  # known without their config.json
-    "llama3.2-1b": dataclasses.replace(
-        LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True
-    ),
+    "llama3.2-1b": dataclasses.replace(TIED, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64),
     "llama3.2-3b": dataclasses.replace(
-        LLAMA3,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        tie_word_embeddings=True,
+        TIED, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24
     ),
     **dict.fromkeys(("llama2-7b", "muse-news", "muse-books"), LlamaConfig()),
     "llama3.1-8b": dataclasses.replace(LLAMA3, intermediate_size=14336),

@@ -221,8 +221,9 @@ def make_reference(model: Llama, config: Config, examples: dict[str, list], step
         parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
         for role, group in distributed.share(queue_of(parts)):
             needed[role] += group if role in compare else ()
+    file = out / (f".reference-{distributed.rank()}.part" if distributed.rank() else "reference.bin")
     every = needed["forget"] + needed["retain"] or examples[min(compare)][:1]  # a process may need none
-    return CachedReference(model, every, config.micro_batch_size, out / "reference.bin")
+    return CachedReference(model, every, config.micro_batch_size, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -438,8 +439,8 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         with distributed.together():
             if name := not_finite({n: distributed.local(p) for n, p in model.named_parameters()}):
                 raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
-        save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name)
-    distributed.gather(None)  # model/ is there
+        save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name, distributed.wait)
+    distributed.wait()  # model/ is there
     if evaluations:
         summary |= evaluations.finish(model)
     if not config.finetune:

@@ -185,3 +185,54 @@ def test_shards_hold_any_rows(tmp_path_factory, n, world, data):
         shards = checkpoint.Shards([folder / name for name in names], stack)
         assert shards.read("x", rows).equal(tensor[rows]) and shards.rows("x") == n
         assert shards.read("step", None) == 1
+
+
+def test_what_is_longer_than_the_store_takes_is_exchanged_in_pieces(monkeypatch):
+    from threading import Thread
+
+    monkeypatch.setattr(distributed, "PIECE", 3)
+    values, found, store = ["äöü" * 5, {"a": [1.5, None]}], {}, torch.distributed.HashStore()
+    ranks = [distributed.Ranks(store, i, 2, i) for i in range(2)]
+
+    def work(i: int) -> None:
+        found[i] = [ranks[i].gather(values[i]), ranks[i].gather(i)]
+
+    threads = [Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for rank in ranks:
+        rank.ended.set()
+    assert found == {0: [values, [0, 1]], 1: [values, [0, 1]]}
+
+
+def test_who_waits_for_one_that_waits_elsewhere_is_told(monkeypatch):
+    store = torch.distributed.HashStore()
+    one, two = (distributed.Ranks(store, i, 2, i) for i in range(2))
+    store.set("meeting 1/1", "0")  # the second has begun `meet`
+    with pytest.raises(distributed.RankError, match="process 1 was interrupted"):
+        one.gather(None)
+    one.meet()  # and so it goes on
+    one.ended.set()
+    two.ended.set()
+
+
+def test_a_process_is_dead_when_its_sign_no_longer_changes_whatever_its_clock_says(monkeypatch):
+    store = torch.distributed.HashStore()
+    one = distributed.Ranks(store, 0, 2, 0)
+    store.set("alive/1", "12.5")  # of 1970
+    monkeypatch.setattr(distributed, "PATIENCE", 1)
+    began = distributed.time.monotonic()
+    with pytest.raises(distributed.RankError, match="no sign of life for"):
+        one.gather(None)
+    assert distributed.time.monotonic() - began > 1
+    one.ended.set()
+
+
+def test_a_manifest_without_files_is_damaged(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3/manifest.json").write_text(json.dumps({"step": 3, "settings": "", "files": {}, "records": {}}))
+    with pytest.raises(checkpoint.RunError, match="does not name the files"):
+        checkpoint.verified(tmp_path / "3")
