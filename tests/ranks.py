@@ -36,7 +36,10 @@ STEP = 3
 
 
 def out_of_memory(model):
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    model.model.layers[1].register_forward_pre_hook(full)  # in the middle of a pass, with gathered parameters
 
 
 def not_a_number(model):
@@ -50,6 +53,7 @@ FAULTS = {
     "hang": lambda model: time.sleep(3600),
     "terminate": lambda model: os.kill(os.getpid(), signal.SIGTERM),
     "memory": out_of_memory,
+    "memory of all": out_of_memory,
     "nan": not_a_number,
 }
 
@@ -60,7 +64,7 @@ def with_fault(fault: str):
     def faulty(model, *arguments):
         nonlocal steps
         steps += 1
-        if steps == STEP and distributed.rank() == 1:
+        if steps == STEP and (distributed.rank() == 1 or fault.endswith("of all")):
             FAULTS[fault](model)
         return compute_gradients(model, *arguments)
 

@@ -75,9 +75,9 @@ def runs(tmp_path_factory, request):
     jobs[2].append({"argv": [*evaluated, "--out", "several/evaluated"]})
     plain["evaluated"] = evaluated
     long = [*SMALL, "--model", str(models[False]), "--batch-size", "2", "--epochs", "2", "--no-eval"]
-    for name, fault in (("stopped", "terminate"), ("nan", "nan")):
+    for name, fault in (("stopped", "terminate"), ("nan", "nan"), ("full", "memory of all")):
         jobs[2].append({"argv": [*long, "--out", f"several/{name}"], "fault": fault})
-    plain["stopped"] = long
+    plain["stopped"] = plain["full"] = long
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         for name, (_, *argv) in plain.items():
@@ -88,7 +88,8 @@ def runs(tmp_path_factory, request):
         asked = f"eval --model {models[True]} --retain-model {models[False]} --forget toy_forget10[:9] --max-new-tokens 4"
         assert evaluate(f"{asked} --out one.json".split()[1:]) == 0
         jobs[3].append({"argv": f"{asked} --out several.json".split()})
-        second = launch(home, 3, [*jobs[3], {"argv": ["train", "--resume", "--out", "several/stopped"]}])
+        resumed = [{"argv": ["train", "--resume", "--out", f"several/{name}"]} for name in ("stopped", "full")]
+        second = launch(home, 3, [*jobs[3], *resumed])
         assert train.main(["--resume", "--out", "several/alone"]) == 0
     found = {name: (home / "plain" / name, home / "several" / name) for name in plain}
     return found | {"alone": (home / "plain/stopped", home / "several/alone")}, first, second, seed
