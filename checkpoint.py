@@ -108,7 +108,7 @@ def save_checkpoint(
                 (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for old in checkpoints(out)[:-keep]:
             discard(old)
-        distributed.wait()  # it is there now
+        distributed.gather()  # it is there now
     except (OSError, SafetensorError) as e:
         raise RunError(f"{folder}: could not be written ({first_line(e)}); free some space, then --resume") from None
 
@@ -262,8 +262,8 @@ def empty_state(optimizer: Any, p: torch.Tensor) -> dict[str, torch.Tensor]:
     if isinstance(optimizer, torch.optim.AdamW):
         zeros = {moment: torch.zeros_like(p, requires_grad=False) for moment in ("exp_avg", "exp_avg_sq")}
         return {"step": torch.zeros((), device=distributed.local(p).device), **zeros}
-    moments = {"exp_avg": optimizer._new_buffer(p, True), "exp_avg_sq": optimizer._new_buffer(p, False)}
-    return {"step": torch.zeros(()), **moments}
+    first, second = (optimizer._new_buffer(p, signed) for signed in (True, False))
+    return {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
 
 
 def parts(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:

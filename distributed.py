@@ -42,8 +42,8 @@ class Ranks:
     """This process among those of a run. Its thread shows the others, by way of the store, that it is alive."""
 
     def __init__(self, store, rank: int, world: int, local: int):
-        self.store, self.rank, self.world, self.local, self.turn = store, rank, world, local, 0
-        self.meetings = 0
+        self.store, self.rank, self.world, self.local = store, rank, world, local
+        self.turn = self.meetings = 0
         self.ended = threading.Event()
         self.beat()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -215,20 +215,15 @@ def meet() -> None:
 # ---------------------------------------------------------------------------------------------------- what ranks exchange
 
 
-def gather(value: T) -> list[T]:
-    """What each rank gives (JSON), in their order, on every rank: nobody goes on before all have come. Raises RankError
-    where one does not come."""
+def gather(value: Any = None) -> list:
+    """What each rank gives (JSON), in their order, on every rank: nobody goes on before all have come, which a collective
+    awaits for PATIENCE only: nothing slow goes before one. Raises RankError where one does not come."""
     return _ranks.gather(value) if _ranks else [value]
 
 
 def merged(found: dict[str, Any]) -> dict[str, Any]:
     """The entries of all ranks' dictionaries."""
     return {k: v for part in gather(found) for k, v in part.items()}
-
-
-def wait() -> None:
-    """Until all are here, as long as they live. A collective ends the run after PATIENCE: nothing slow goes before one."""
-    gather(None)
 
 
 @contextlib.contextmanager
@@ -398,9 +393,5 @@ def reshard(model: Any) -> None:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another rank is gone."""
-    known = ("gloo", "nccl", "Connection closed by peer", "Connection reset", "Timed out waiting")
-    return (
-        isinstance(error, dist.DistError)
-        or isinstance(error, RuntimeError)
-        and any(word.lower() in str(error).lower() for word in known)
-    )
+    known, said = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out waiting"), str(error).lower()
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(word in said for word in known)

@@ -51,15 +51,15 @@ class Evaluations:
         trajectory = self.trajectory(step)
         if self.keep_best and self.best([*trajectory.records, record]) is record:
             files.remove(self.out / f"best-{step}")  # of a run that was killed here
-            like = self.tokenizer.folder, self.tokenizer.format_name
-            save_pretrained(model, self.out / f"best-{step}", *like, distributed.wait)
+            wait = distributed.gather
+            save_pretrained(model, self.out / f"best-{step}", self.tokenizer.folder, self.tokenizer.format_name, wait)
         trajectory.add(record)
         if self.keep_best:
             kept = f"best-{self.best(trajectory.records)['step']}"
             for folder in self.out.glob("best-*"):
                 if folder.name != kept:
                     files.remove(folder)
-        distributed.wait()
+        distributed.gather()
         tqdm.write(f"epoch {epoch:g}: {self.benchmark.headline(record)}")
 
     def trajectory(self, before: float = math.inf) -> JsonLines:

@@ -221,16 +221,14 @@ def report(config: Config, asked: Plan) -> str:
     losses = " + ".join(name for name, _ in config.parts.values())
     alike = min(micro, -(-config.batch_size // machine.world)) * answers
     needs = step(c, config, Pass(micro * tokens, micro * answers, alike, micro == len(groups)), machine)
-    every = count(c)
+    every, states = count(c), 1000 * answers * c.hidden_size * size
     kept = count(c, each=lambda shape: 4 * math.prod(shape) + moments(config, shape))
     elsewhere = {
         "state in host memory, a rank": (4 * count(c, asked.world_size) + kept // asked.world_size) * config.cpu_offload,
-        "reference's states in host memory, all ranks, for 1,000 sequences": 1000 * answers * c.hidden_size * size,
+        "reference's states in host memory, all ranks, for 1,000 sequences": states * (config.reference == "cached"),
         f"checkpoints on disk, all ranks (--keep {config.keep}, and one while it is written)": (config.keep + 1) * kept,
         "model/ on disk": every * size,
     }
-    if config.reference != "cached":
-        del elsewhere["reference's states in host memory, all ranks, for 1,000 sequences"]
 
     def table(title: str, rows: dict[str, int]) -> list[str]:
         return [f"\n{title:<76}{'GB':>10}", *(f"  {k:<74}{v / 1e9:>10.3f}" for k, v in rows.items() if v)]

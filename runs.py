@@ -214,10 +214,8 @@ def check_inputs(config: Config, out: Path, data: dict, anyway: bool) -> None:
 def finished(config: Config, out: Path) -> dict | None:
     """summary.json of a run that is complete, its table printed; None: it is not. Raises RunError for a damaged one, and
     where nothing is left to go on with."""
-    path, again = (
-        out / "summary.json",
-        f"evaluate it: python eval.py --model {shlex.quote(str(out))} --forget {config.forget}",
-    )
+    path = out / "summary.json"
+    again = f"evaluate it: python eval.py --model {shlex.quote(str(out))} --forget {config.forget}"
     if not path.exists():
         if (out / "model").exists() and not checkpoint_step(out):
             raise RunError(f"{out}: its model is there, the state of its training is not; {again}")

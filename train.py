@@ -289,9 +289,8 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                 parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
                 lr = learning_rate(config, step, steps, warmup)
                 for group in optimizer.param_groups:
-                    group["lr"] = (
-                        group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
-                    )  # torchao compiles with it
+                    old = group["lr"]  # a tensor of torchao's, which compiles with it
+                    group["lr"] = old.fill_(lr) if isinstance(old, Tensor) else lr
                 try:
                     metrics = compute_gradients(
                         model, reference, config.objective, parts, config.micro_batch_size, position_terms
@@ -439,8 +438,8 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         with distributed.together():
             if name := not_finite({n: distributed.local(p) for n, p in model.named_parameters()}):
                 raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
-        save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name, distributed.wait)
-    distributed.wait()  # model/ is there
+        save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name, distributed.gather)
+    distributed.gather()  # model/ is there
     if evaluations:
         summary |= evaluations.finish(model)
     if not config.finetune:

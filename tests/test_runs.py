@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import config
 import files
 import runs
 import tofu
@@ -555,7 +556,7 @@ def test_a_model_that_is_not_finite_at_the_end_is_not_saved(cli, monkeypatch):
 def test_the_best_model_forgets_most_of_those_that_stay_useful(points):
     """The target's utility is 0.8; the stated rule, written out."""
     evaluations = object.__new__(train.Evaluations)
-    evaluations.least = train.KEPT * 0.8
+    evaluations.least = config.KEPT * 0.8
     found = evaluations.best([{"step": i, "forget_quality": q, "model_utility": u} for i, (q, u) in enumerate(points)])
     useful = [i for i, (_, u) in enumerate(points) if u >= 0.9 * 0.8]
     least = max(u for _, u in points)
