@@ -178,14 +178,16 @@ TOFU_LENGTHS = 85, 37  # tokens of a TOFU sequence, prompt and answer, and of it
 
 
 def number_or_auto(text: str) -> int:
+    if text != "auto" and not re.fullmatch(r"-?\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'auto'")
     return AUTO if text == "auto" else int(text)
 
 
 def lengths(text: str) -> tuple[int, int]:
-    tokens, answers = map(int, text.split(","))
-    if not 0 < answers <= tokens:
-        raise ValueError
-    return tokens, answers
+    found = [int(x) for x in re.findall(r"\d+", text)]
+    if not re.fullmatch(r"\d+,\d+", text) or not 0 < found[1] <= found[0]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TOKENS,ANSWER: of a sequence, and how many of them are answer")
+    return found[0], found[1]
 
 
 def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, str | Plan]:
@@ -214,7 +216,7 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, s
     given = vars(parser.parse_args(argv))
     resume, plan, world_size = (given.pop(name) for name in ("resume", "plan", "world_size"))
     if not 1 <= world_size <= 2**20 or (world_size > 1 and not plan):
-        parser.error("--world-size: is a number of ranks, and --plan's; torchrun --nproc-per-node starts them")
+        parser.error("--world-size: is --plan's, 1 rank or more; what starts them is torchrun --nproc-per-node")
     return given, Plan(world_size, *plan) if plan else resume
 
 

@@ -223,9 +223,10 @@ def report(config: Config, asked: Plan) -> str:
     needs = step(c, config, Pass(micro * tokens, micro * answers, alike, micro == len(groups)), machine)
     every, states = count(c), 1000 * answers * c.hidden_size * size
     kept = count(c, each=lambda shape: 4 * math.prod(shape) + moments(config, shape))
+    compared = any(LOSSES[name].reference for name, _ in config.parts.values()) and config.reference == "cached"
     elsewhere = {
         "state in host memory, a rank": (4 * count(c, asked.world_size) + kept // asked.world_size) * config.cpu_offload,
-        "reference's states in host memory, all ranks, for 1,000 sequences": states * (config.reference == "cached"),
+        "reference's states in host memory, all ranks, for 1,000 sequences": states * compared,
         f"checkpoints on disk, all ranks (--keep {config.keep}, and one while it is written)": (config.keep + 1) * kept,
         "model/ on disk": every * size,
     }

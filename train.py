@@ -214,8 +214,6 @@ def make_reference(model: Llama, config: Config, examples: dict[str, list], step
     if not compare:
         return None
     if config.reference == "recompute":
-        if distributed.world() > 1:
-            raise RunError("--reference recompute: would need a second, unsharded model; drop it")
         return RecomputedReference(model)
     for step in range(steps):
         parts = draw_parts(config, examples, step * config.batch_size, config.batch_size)
@@ -395,6 +393,10 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
     if resume and (summary := runs.finished(config, out)) is not None:
         clean_up(config, out, summary)
         return summary
+    if config.cpu_offload and not distributed.active():
+        raise RunError("--cpu-offload: is of sharded training; start with torchrun --nproc-per-node 1 train.py ...")
+    if config.reference == "recompute" and distributed.active():
+        raise RunError("--reference recompute: would be a second, unsharded model; pass --reference cached")
     rows = load_rows(config)
     benchmark = make_benchmark(config)
     source = evaluation.open_source(config.model, "base" if config.finetune else "target", config.tokenizer, config.prompt)
@@ -412,8 +414,6 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         compiled = config.compile if config.compile is not None else device.type == "cuda"
         split = partial(distributed.shard, device=device, compiled=compiled, cpu_offload=config.cpu_offload)
         load = partial(load, shard=split)
-    elif config.cpu_offload:
-        raise RunError("--cpu-offload: is of sharded training; start with torchrun --nproc-per-node 1 train.py ...")
     with enough_memory("take a smaller model, or another --device"):
         model = load(source.folder)
     if not resume:

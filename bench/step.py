@@ -38,6 +38,7 @@ import train  # noqa: E402
 from bench.machine import available_memory, matmul_rate, pick_dtype  # noqa: E402
 from bench.setting import SHAPES, config_of, make_examples, make_model, on_meta, predicted_memory, work  # noqa: E402
 from config import Config  # noqa: E402
+from files import UserError  # noqa: E402
 
 WITHOUT = {
     "1 cached reference": "ours-recompute",
@@ -539,4 +540,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as e:
+        sys.exit(f"error: {e}")
