@@ -36,7 +36,7 @@ class CachedReference:
         starts = [0, *itertools.accumulate(e.answer_length for e in examples)]
         self.rows = {e: slice(*ends) for e, ends in zip(examples, itertools.pairwise(starts), strict=True)}
         self.device = model.device
-        self.head = whole(model.lm_head.weight.detach()).to(model.device, model.compute_dtype, copy=True)
+        self.head = whole(model.lm_head.weight.detach()).to(model.compute_device, model.compute_dtype, copy=True)
         shape = starts[-1], model.config.hidden_size
         size = math.prod(shape) * self.head.element_size()
         gpu, place = self.device.type == "cuda", "in memory"

@@ -566,7 +566,7 @@ def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
 def test_a_batch_moves_as_a_whole():
     moved = data.pack([Example("x/0", (1, 2, 3), 1)]).to("meta")
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 5 and all(t.is_meta for t in tensors)
+    assert len(tensors) == 6 and all(t.is_meta for t in tensors)
     assert (moved.lengths, moved.answer_lengths) == ((2,), (2,))
     assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths"}
 

@@ -22,7 +22,7 @@ from model import load_pretrained
 
 SMALL = "train --forget toy_forget10[:9] --retain toy_retain90[:20] --lr 1e-3 --epochs 1 --max-new-tokens 4".split()
 PAIRS = [(f, r) for f in dipo.loss_names("forget") for r in (*dipo.loss_names("retain"), "none")]
-SAMPLE = int(os.environ.get("PAIRS", "5"))  # of pairs of losses; PAIRS=40 tries all but a few, and compiles some
+SAMPLE = int(os.environ.get("PAIRS", "3"))  # of pairs of losses; PAIRS=40 tries all but a few, and compiles some
 
 
 def records(folder: Path) -> list[dict]:
@@ -31,18 +31,17 @@ def records(folder: Path) -> list[dict]:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """The same to rounding in float32. AdamW makes steps of full length of a gradient that is rounding itself, as the first
-    of a KL to the start: what follows such a step is not compared."""
-    logs = [*zip(records(folder), records(other), strict=True)]
-    for one, two in logs if logs[0][0]["grad_norm"] > 1e-2 else logs[:1]:
-        assert one == pytest.approx(two, rel=1e-5, abs=2e-5)
-    if logs[0][0]["grad_norm"] <= 1e-2:
-        return
+    """The same to rounding in float32. AdamW makes whole steps of gradients that are rounding alone, as those of a KL to the
+    start or of weights that nothing uses, so that only what comes before the first step is compared so for all losses."""
+    logs, config = [*zip(records(folder), records(other), strict=True)], json.loads((folder / "config.json").read_text())
+    exact = len(logs) if config["config"]["forget_loss"] == config["config"]["retain_loss"] == "dipo" else 1
+    for i, (one, two) in enumerate(logs):
+        assert one == pytest.approx(two, **(dict(rel=1e-5, abs=2e-5) if i < exact else dict(rel=0.1, abs=0.02)))
     a, b = (dict(load_pretrained(f / "model").named_parameters()) for f in (folder, other))
     assert a.keys() == b.keys()
-    start = dict(load_pretrained(json.loads((folder / "config.json").read_text())["model_folder"]).named_parameters())
+    start = dict(load_pretrained(config["model_folder"]).named_parameters())
     x, y, z = (torch.cat([p.flatten() for _, p in sorted(w.items())]) for w in (a, b, start))
-    assert (x - y).norm() <= 0.1 * (x - z).norm()  # some weights' first step has the sign of rounding
+    assert (x - y).norm() <= 0.1 * (x - z).norm() or logs[0][0]["grad_norm"] < 1e-2
 
 
 @pytest.fixture(scope="module")

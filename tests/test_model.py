@@ -436,8 +436,9 @@ def test_sharded_checkpoints_equal_transformers_in_both_directions(tmp_path, mon
     reference = random_reference()
     reference.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     ours = load_pretrained(tmp_path / "theirs")
-    save = huggingface_hub.save_torch_state_dict
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", lambda *a, **k: save(*a, **k, max_shard_size="20KB"))
+    name = "split_torch_state_dict_into_shards"
+    split = getattr(huggingface_hub, name)
+    monkeypatch.setattr(huggingface_hub, name, lambda state: split(state, max_shard_size="20KB"))
     save_pretrained(ours, tmp_path / "ours")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").float()
     for folder in ("theirs", "ours"):
@@ -665,11 +666,11 @@ def test_saving_refuses_an_existing_folder_and_leaves_it_as_it_was(checkpoint):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
-    def full(state, folder, **_):
-        (Path(folder) / "model.safetensors").write_bytes(b"half of a file")
+    def full(state, path, **_):
+        Path(path).write_bytes(b"half of a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
+    monkeypatch.setattr(model_module, "save_file", full)
     with pytest.raises(ModelError) as error:
         save_pretrained(tiny(), tmp_path / "saved")
     assert_clear(error, str(tmp_path / "saved"), "No space left on device")
