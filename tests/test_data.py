@@ -568,7 +568,7 @@ def test_a_batch_moves_as_a_whole():
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
     assert len(tensors) == 6 and all(t.is_meta for t in tensors)
     assert (moved.lengths, moved.answer_lengths) == ((2,), (2,))
-    assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths"}
+    assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths", "borders"}
 
 
 SEEDS, SIZES = st.integers(0, 5), st.integers(1, 12)

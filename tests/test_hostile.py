@@ -15,7 +15,7 @@ pytest.importorskip("rouge_score")
 
 
 @pytest.mark.parametrize(
-    "sample", [("hostile.py", "--count", "30"), ("faults.py", "--some", "5")], ids=lambda sample: sample[0]
+    "sample", [("hostile.py", "--count", "30"), ("faults.py", "--some", "3")], ids=lambda sample: sample[0]
 )
 def test_hostile_input_and_faults_end_well_or_in_one_line(sample):
     """A process of its own: once autograd has run in one, its children cannot train."""
