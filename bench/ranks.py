@@ -80,9 +80,8 @@ def main() -> int:
                 for processes in (1, 2):
                     results[name][processes].append(measure([*fixed, *more], processes, folder))
     shutil.rmtree(folder)
-    print(
-        f"{args.model}, {args.dtype}, {args.sequences} + {args.sequences} sequences, {args.steps - 1} timed steps a turn; {platform.processor()}"
-    )
+    work = f"{args.sequences} + {args.sequences} sequences, {args.steps - 1} timed steps a turn"
+    print(f"{args.model}, {args.dtype}, {work}; {platform.processor()}")
     print("\n| | one process, 2 threads | two processes, 1 thread | ratio |\n| --- | --- | --- | --- |")
     rows = {}
     for name, found in results.items():
