@@ -332,7 +332,7 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
     vars(model)["rows"] = dict(model.named_parameters())
     model.compute_device = device
     places = {}
-    for name, p in model.named_parameters():
+    for name, p in parameters(model).items():
         rows = rows_of(p)
         here = local(p.detach())
         assert here.shape[0] == rows.stop - rows.start

@@ -30,7 +30,7 @@ import files
 import logs
 from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
 from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k, unscorable
-from model import Llama, generate
+from model import Llama, generate, has_flash
 
 Scores = dict[str, Any]  # numbers, or one for each token
 # What is measured of each text of a batch: (logits [A, V], targets [A], how many of A are each text's) -> their scores.
@@ -176,13 +176,17 @@ def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
     return max(1, size // 2)
 
 
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that a GPU has free, with what PyTorch keeps there unused."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def by_memory(device: torch.device, usual: int, each: int) -> int:
-    """How many at a time where each takes so many bytes: `usual`, or on a GPU what half of its free memory holds, with what
-    PyTorch keeps there unused. An estimate: a batch that is too much all the same is halved."""
+    """How many at a time where each takes so many bytes: `usual`, or on a GPU what half of its free memory holds. An
+    estimate: a batch that is too much all the same is halved."""
     if device.type != "cuda":
         return usual
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, free // (2 * each))
+    return max(1, free_on_gpu(device) // (2 * each))
 
 
 def score(
@@ -515,6 +519,5 @@ def on_device(device: torch.device, dtype: torch.dtype) -> str:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """'auto' -> bfloat16 on a GPU that computes in it, else float32."""
     if dtype == "auto":  # not is_bf16_supported(): it counts emulation, in which GPUs before 8.0 have it
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if has_flash(device) else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -16,6 +16,7 @@ from checkpoint import RunError
 from config import AUTO, TOFU_LENGTHS, Config, Plan
 from dipo import LOSSES
 from eval import resolve_model
+from inference import free_on_gpu
 from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
@@ -155,8 +156,7 @@ def largest(c: LlamaConfig, config: Config, groups: Sequence[tuple[int, int]], f
 def free_memory(device: torch.device) -> int:
     """Bytes that a process could have more of. Raises RunError where the system does not tell."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        return free_on_gpu(device)
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))

@@ -436,7 +436,7 @@ def run(config: Config, out: Path, resume: str = "") -> dict:
         model = load(out / "model")
     elif not (out / "model").exists():
         with distributed.together():
-            if name := not_finite({n: distributed.local(p) for n, p in model.named_parameters()}):
+            if name := not_finite({n: distributed.local(p) for n, p in distributed.parameters(model).items()}):
                 raise RunError(f"{name} is not finite (overflow): nothing was saved as model/; start anew with a lower --lr")
         save_pretrained(model, out / "model", tokenizer.folder, tokenizer.format_name, distributed.gather)
     distributed.gather()  # model/ is there
