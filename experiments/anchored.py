@@ -1,4 +1,4 @@
-"""Anchored DiPO: which of its three changes does what, the front over kappa, and long training.
+"""Anchored DiPO: which of its three changes does what, the front over kappa, long training, larger vocabularies.
 
 python experiments/anchored.py --scale toy
 
@@ -13,6 +13,7 @@ from common import (
     FLOOR,
     METHODS,
     NEEDED,
+    VOCABULARIES,
     Lab,
     color,
     columns,
@@ -27,6 +28,7 @@ from common import (
     speaking,
     spread,
     subplots,
+    toy_with,
     tune,
 )
 
@@ -107,6 +109,29 @@ def long_training(lab: Lab, chosen: dict[str, Setting], axis) -> str:
     return f"**{epochs} epochs**, evaluated every {every}. {note(seeds)}\n\n{markdown(head, rows)}\n\n"
 
 
+def vocabularies(lab: Lab, chosen: dict[str, Setting], axis) -> str:
+    """Larger tokenizers, with what was chosen for 1,000 tokens: is it the size that the methods live by?"""
+    scale, seed = lab.scale, lab.scale.seeds[0]
+    records: dict[tuple[str, int], dict] = {}
+    for size in VOCABULARIES if scale.name == "toy" else ():
+        lab.scale = toy_with(scale, size)
+        jobs = [job(lab.scale, scale.forgets[-1], seed, METHODS[name], chosen[name]) for name in LONG]
+        records |= zip([(name, size) for name in LONG], lab.run(jobs, f"vocabulary {size}", NEEDED), strict=True)
+    lab.scale = scale
+    if not records:
+        axis.set_axis_off()
+        return ""
+    for i, name in enumerate(LONG):
+        for key, look in (("forget_quality", "o-"), ("language", "s--")):
+            points = {size: values[0] for size in VOCABULARIES if (values := measured([records[name, size]], key))}
+            label = f"{name}, {key.replace('_', ' ')}"
+            axis.semilogx([*points], [*points.values()], look, color=color(name, i), label=label)
+    axis.set(xlabel="tokens in the vocabulary", title=f"vocabularies, seed {seed}", ylim=(0, 1.05))
+    axis.legend(fontsize=7)
+    told = {f"{size:,} tokens, {name}": [records[name, size]] for size in VOCABULARIES for name in LONG}
+    return f"**Larger vocabularies**, the settings chosen for 1,000 tokens, seed {seed}.\n\n{table('', told)}\n\n"
+
+
 def table(first: str, groups: dict[str, list[dict]]) -> str:
     """A row of `columns` for each group of records."""
     rows = {name: columns(records) for name, records in groups.items()}
@@ -116,10 +141,11 @@ def table(first: str, groups: dict[str, list[dict]]) -> str:
 def experiment(lab: Lab) -> None:
     scale = lab.scale
     chosen = tune(lab, {name: METHODS[name] for name in LONG})
-    figure, axes = subplots(1, 3, size=(5.5, 4.5))
+    figure, axes = subplots(1, 4, size=(5.5, 4.5))
     text = ablation(lab, chosen[OURS], axes[0][0])
     text += front(lab, chosen[OURS], axes[0][1])
     text += long_training(lab, chosen, axes[0][2])
+    text += vocabularies(lab, chosen, axes[0][3])
     settings = "; ".join(f"{name} {describe(setting)}" for name, setting in chosen.items())
     lab.write(f"{text}{scale.name}, {scale.forgets[-1]}. Settings where nothing else is said: {settings}.", figure)
 

@@ -127,6 +127,15 @@ def prepare_toy(forget: str, seed: int, vocabulary: int = 1000) -> int:
     return evaluation.main([*flags.split(), "--eval-retain", TOY_ROWS])
 
 
+VOCABULARIES = (1000, 8000, 49000)
+
+
+def toy_with(scale: Scale, vocabulary: int) -> Scale:
+    """The toy with a tokenizer of that size."""
+    flags, prepare = (functools.partial(function, vocabulary=vocabulary) for function in (toy_flags, prepare_toy))
+    return dataclasses.replace(scale, flags=flags, prepare=prepare)
+
+
 def smoke_flags(forget: str, seed: int) -> list[str]:
     short = "--epochs 1 --eval-retain toy_retain_perturbed[:3] --max-new-tokens 3 --eval-every 0 --batch-size 4"
     return f"--forget toy_{forget}[:4] --retain toy_retain90[:8] --seed {seed} {short}".split()

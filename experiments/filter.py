@@ -5,13 +5,12 @@ python experiments/filter.py --scale toy
 The rate and beta are those that `baselines.py` chose for DiPO with the default filter; they are not searched anew.
 """
 
-import dataclasses
 import itertools
 import sys
-from functools import partial
 
 from common import (
     METHODS,
+    VOCABULARIES,
     Job,
     Lab,
     Scale,
@@ -20,19 +19,17 @@ from common import (
     main,
     markdown,
     outcome,
-    prepare_toy,
     scatter,
     spell,
     spreads,
     subplots,
-    toy_flags,
+    toy_with,
     tune,
 )
 
 P = (0.01, 0.05, 0.1, 0.2)
 RULES = ("both", "either", "rank", "relative")
 ALPHAS = (0.5, 1.0, 2.0)
-VOCABULARIES = (1000, 8000, 49000)
 LARGE_P = (0.05, 0.2)  # of the vocabularies beyond the first, for time: a model of 49,000 tokens takes four minutes
 
 
@@ -101,10 +98,8 @@ def experiment(lab: Lab) -> None:
         scatter(axes[0][1], groups, "all filters")
         axes[0][1].legend(fontsize=8)
     for axis, size in zip(axes[0][1:], vocabularies, strict=False):
-        large = dataclasses.replace(
-            scale, flags=partial(toy_flags, vocabulary=size), prepare=partial(prepare_toy, vocabulary=size)
-        )
-        lab.scale, tried = large, P if size == VOCABULARIES[0] else LARGE_P
+        lab.scale = large = toy_with(scale, size)
+        tried = P if size == VOCABULARIES[0] else LARGE_P
         jobs = {(rule, p): with_filter(large, forget, scale.seeds[0], setting, default | {"filter": rule, "p": p})
                 for rule in rules for p in tried}  # fmt: skip
         points = dict(zip(jobs, map(outcome, lab.run([*jobs.values()], f"vocabulary {size}")), strict=True))
