@@ -239,7 +239,7 @@ SMOLLM2 = dict(forgets=("forget10",), seeds=SEEDS[:3], tuning_seeds=SEEDS[:1], r
     remark="A slice for a CPU: 40 forget and 120 retain questions, 3 epochs, evaluated on 40 questions a set, one seed.",
 )  # fmt: skip
 SMOLLM2_FORGET05 = dict(
-    forgets=("forget05",), seeds=SEEDS[:1], tuning_seeds=SEEDS[:1], rates=(),
+    forgets=("forget05",), seeds=SEEDS[:2], tuning_seeds=SEEDS[:1], rates=(),
     methods={
         "NPO+GD": dataclasses.replace(METHODS["NPO+GD"], values=(5.0,), rates=(2e-4, 4e-4)),
         "DiPO": dataclasses.replace(METHODS["DiPO"], values=(0.05, 0.005), rates=(4e-4,)),
@@ -247,7 +247,7 @@ SMOLLM2_FORGET05 = dict(
             METHODS["anchored DiPO"], values=(0.002, 0.005), rates=(4e-4,), more="--beta 0.005"
         ),
     },
-    remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them, one seed.",
+    remark="A slice: 200 forget and 300 retain questions, 3 epochs, evaluated on 200 and 50 of them.",
 )  # fmt: skip
 SMOKE = {name: METHODS[name] for name in ("NPO+GD", "DiPO", "anchored DiPO")}
 SCALES = {
