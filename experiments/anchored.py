@@ -32,10 +32,13 @@ from common import (
     tune,
 )
 
+from dipo import LOSSES
+
 OURS = "anchored DiPO"
 # What is as in anchored DiPO stands in no flag, so that its runs are shared.
 PAIRS, POSITIONS = {"reference": "", "policy": "--pair-from policy"}, {"memory": "", "all": "--positions all"}
 KAPPAS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+SMALLER = ((0.02, 0.01), (0.02, 0.02), (0.005, 0.002), (0.005, 0.005))  # beta and kappa
 LONG = ("DiPO", "NPO+GD", OURS)  # the methods that train longer
 
 Setting = dict[str, float]
@@ -67,18 +70,22 @@ def ablation(lab: Lab, setting: Setting, axis) -> str:
 
 
 def front(lab: Lab, setting: Setting, axis) -> str:
-    """How much anchor: forget quality against language."""
+    """How much anchor, forget quality against language; and with a smaller beta, which SmolLM2 needs."""
     scale, seeds = lab.scale, lab.scale.seeds[:3]
     kappas = KAPPAS[: 2 if scale.small else None]
-    jobs = [job(scale, scale.forgets[-1], seed, METHODS[OURS], setting | {"kappa": k}) for k in kappas for seed in seeds]
-    found = iter(lab.run(jobs, "kappa", NEEDED))
-    records = {f"{kappa:g}": [next(found) for _ in seeds] for kappa in kappas}
+    tried: list[Setting] = [{"kappa": k} for k in kappas]
+    tried += [{"beta": beta, "kappa": kappa} for beta, kappa in (() if scale.small else SMALLER)]
+    jobs = [job(scale, scale.forgets[-1], seed, METHODS[OURS], setting | one) for one in tried for seed in seeds]
+    found = iter(lab.run(jobs, "kappa and beta", NEEDED))
+    records = {describe(one): [next(found) for _ in seeds] for one in tried}
     for key, look in (("forget_quality", "o-"), ("language", "s--")):
-        means = {kappa: statistics.fmean(values) for kappa, runs in records.items() if (values := measured(runs, key))}
+        groups = zip(kappas, records.values(), strict=False)
+        means = {kappa: statistics.fmean(values) for kappa, runs in groups if (values := measured(runs, key))}
         axis.plot([*means], [*means.values()], look, label=key.replace("_", " "))
     axis.set(xlabel="kappa", title=f"the anchor's weight, rate {setting['lr']:g}", ylim=(0, 1.05))
     axis.legend(fontsize=8)
-    return f"**The anchor's weight**, rate {setting['lr']:g}. {note(seeds)}\n\n{table('kappa', records)}\n\n"
+    title = f"**The anchor's weight**, rate {setting['lr']:g}, beta {LOSSES['anchored'].beta:g} where nothing else is said."
+    return f"{title} {note(seeds)}\n\n{table('', records)}\n\n"
 
 
 def long_training(lab: Lab, chosen: dict[str, Setting], axis) -> str:
