@@ -7,30 +7,28 @@ Other architectures, biases, sliding windows and quantised weights are a ModelEr
 
 import contextlib
 import copy
-import inspect
 import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import files
+from attention import Packing, causal_attention
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
 ROOMY = 64e9  # bytes of a GPU that holds eight times as many
-GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
 
@@ -156,44 +154,6 @@ class KVCache:
         return order
 
 
-def has_flash(device: torch.device) -> bool:
-    """Whether `varlen_attn` runs there: on GPUs from compute capability 8.0, which is not that of a T4 or V100."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class Packing:
-    """Sequences back to back in one row: each attends causally to itself alone."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device, borders: Tensor | None = None):
-        """borders: [B + 1] int32 on the device, where each sequence starts and the last one ends; None: made here."""
-        self.lengths, self.longest, self.flash = list(lengths), max(lengths), has_flash(device)
-        ends = [0, *itertools.accumulate(self.lengths)]
-        self.borders = torch.tensor(ends, dtype=torch.int32, device=device) if borders is None else borders
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, H, N, K], k and v [1, G, N, K] -> [1, H, N, K]."""
-        # The kernel takes head sizes in steps of 8 up to 256, and above 192 not every card has its backward pass.
-        if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
-            how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
-            if not GROUPED:
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            ends = self.borders, self.borders, self.longest, self.longest
-            return cast(Tensor, varlen_attn(q, k, v, *ends, **how)).transpose(0, 1)[None]
-        return self._one_by_one(q, k, v)
-
-    @torch.compiler.disable  # the lengths are another at every step: nothing to compile for
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # On CPUs the backward pass of bfloat16 attention takes three times as long as that of float32.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        parts = zip(*(x.to(wide).split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*part) for part in parts], dim=2).to(q.dtype)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig, layer: int):
         super().__init__()
@@ -290,22 +250,20 @@ class Llama(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor, at: Tensor | None = None, *, positions: Tensor | None = None, cache: KVCache | None = None,
-        lengths: Sequence[int] | None = None, borders: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:  # fmt: skip
         """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
         input_ids: [B, T] int64, padded on the right: causal attention never sees that padding.
         at: [A] int64, into the B * T positions one row after the other.
-        lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` (rotary) restart with each.
-        borders: as of `Packing`.
-        cache: filled with the packed sequences; without `lengths`, input_ids [B, 1] are the next position of each row.
+        packing: of sequences back to back in the one row of input_ids [1, N]; `positions` (rotary) are of each anew.
+        cache: filled with the packed sequences; without `packing`, input_ids [B, 1] are the next position of each row.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] if positions is None else positions
         self.frequencies = self.frequencies.to(input_ids.device)  # once: a GPU would be waited for in every pass
         angles = positions[..., None].float() * self.frequencies  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
-        packing = Packing(lengths, x.device, borders) if lengths is not None else None
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, packing, use_reentrant=False)
@@ -349,7 +307,8 @@ def generate(
     stop = torch.tensor([*(model.config.eos_token_ids if stop_ids is None else stop_ids)], dtype=torch.int64, device=device)
     ids = torch.tensor([list(itertools.chain(*kept))], device=device)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    x = model.hidden_states(ids, at=last, positions=positions.to(device), cache=cache, lengths=lengths)
+    packing = Packing(lengths, device)
+    x = model.hidden_states(ids, at=last, positions=positions.to(device), cache=cache, packing=packing)
     rows = torch.arange(len(kept), device=device)
     out = torch.full((len(kept), max_new_tokens), -1, device=device)
     for step in range(max_new_tokens):

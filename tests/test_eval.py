@@ -279,6 +279,21 @@ def test_texts_are_scored_once_each_within_the_budget_the_longest_of_a_measure_f
         assert sum(one) + other[0] > budget or batches[i][0].measure != batches[i + 1][0].measure
 
 
+def test_a_prompt_is_computed_once_for_its_answers_and_no_number_changes(tiny, sets, results, monkeypatch):
+    pack, sizes = inference.pack, []
+
+    def packed(examples, hidden_id=None, share=False):
+        alone = pack(examples, hidden_id)
+        sizes.append((pack(examples, hidden_id, share).input_ids.numel(), alone.input_ids.numel()))
+        return alone
+
+    monkeypatch.setattr(inference, "pack", packed)
+    again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+    assert generations(again) == generations(results) and values(again) == pytest.approx(values(results), rel=1e-4)
+    shared, alone = map(sum, zip(*sizes, strict=True))
+    assert shared < 0.7 * alone
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_results_do_not_depend_on_the_batch_size(tiny, sets, results, batch_size):
     again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8, batch_size)
@@ -460,11 +475,11 @@ def test_the_second_of_two_evaluations_waits_and_uses_the_firsts_result(
 def test_batches_are_halved_where_the_memory_ends(tiny, sets, results, monkeypatch, error):
     pack, generate, sizes = inference.pack, inference.generate, []
 
-    def packed(examples, *more):
+    def packed(examples, *more, **how):
         if len(examples) > limit:
             raise error
         sizes.append(len(examples))
-        return pack(examples, *more)
+        return pack(examples, *more, **how)
 
     def generated(model, prompts, *more):
         if len(prompts) > limit:
