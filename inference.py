@@ -206,7 +206,7 @@ def score(
     while True:
         try:
             for batch in batches([text for text in texts if text.key not in done], budget):
-                packed = pack([text.example for text in batch], hidden_id, share=True).to(model.device)
+                packed = pack([text.example for text in batch], hidden_id).to(model.device)
                 with torch.no_grad():
                     scores = batch[0].measure(model(**packed.inputs), packed.targets, packed.answer_lengths)
                 done |= {text.key for text in batch}

@@ -64,7 +64,7 @@ NAMES = {
 # ------------------------------------------------------------------------------------------------------------ variants
 
 
-def padded(examples: list[data.Example], share: bool = False) -> data.Batch:
+def padded(examples: list[data.Example]) -> data.Batch:
     """`data.pack` with padding instead: [B, T], attention over all of T."""
     T = max(len(e.ids) for e in examples) - 1
     input_ids = torch.tensor([[*e.ids[:-1]] + [0] * (T + 1 - len(e.ids)) for e in examples])

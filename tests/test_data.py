@@ -502,6 +502,9 @@ def some_examples(draw) -> list[Example]:
     return found
 
 
+apart = partial(data.pack, share=False)
+
+
 def sequences(batch: data.Batch) -> list[tuple[list, list, list, list, list]]:
     """(tokens, positions, where an answer token is predicted, targets, memory) of each sequence, told apart by length
     alone."""
@@ -516,14 +519,14 @@ def sequences(batch: data.Batch) -> list[tuple[list, list, list, list, list]]:
 
 @given(some_examples())
 def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
-    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets, _ in sequences(data.pack(examples))]
+    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets, _ in sequences(apart(examples))]
     assert found == [(e.ids, e.prompt_length) for e in examples]
 
 
 @given(some_examples())
 @claim("each target is the token after its position; sequences are told apart by length", "ours")
 def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apart_by_length(examples):
-    batch = data.pack(examples)
+    batch = apart(examples)
     assert batch.input_ids.shape == batch.positions.shape == (1, sum(batch.packing.lengths))
     assert batch.at.shape == batch.targets.shape == batch.memory.shape == (sum(batch.answer_lengths),)
     assert batch.packing.lengths == tuple(len(e.ids) - 1 for e in examples)
@@ -535,7 +538,7 @@ def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apar
 
 @given(some_examples(), st.none() | st.integers(0, 3))
 def test_memory_flags_stand_at_their_tokens_and_none_marked_is_all_of_them(examples, hidden):
-    batch = data.pack(examples, hidden)
+    batch = apart(examples, hidden)
     assert batch.memory.dtype == torch.bool
     for e, (*_, memory) in zip(examples, sequences(batch), strict=True):
         assert memory == [True] * e.answer_length if e.memory is None else tuple(memory) == e.memory
@@ -544,7 +547,7 @@ def test_memory_flags_stand_at_their_tokens_and_none_marked_is_all_of_them(examp
 @given(some_examples(), st.integers(0, 3))
 def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examples, hidden):
     """Where the first answer token is predicted from it, and in the answer, it stays."""
-    whole, batch = data.pack(examples), data.pack(examples, hidden)
+    whole, batch = apart(examples), apart(examples, hidden)
     assert torch.equal(batch.targets, whole.targets) and batch.answer_lengths == whole.answer_lengths
     for e, (ids, positions, at, targets, _) in zip(examples, sequences(batch), strict=True):
         before_last = range(e.prompt_length - 1)
@@ -552,13 +555,13 @@ def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examp
         assert positions == sorted(set(positions)) and ids == [e.ids[i] for i in positions]
         assert [positions[i] for i in at] == list(range(e.prompt_length - 1, len(e.ids) - 1))
         assert [e.ids[positions[i] + 1] for i in at] == targets
-    absent = data.pack(examples, 4)
+    absent = apart(examples, 4)
     assert all(torch.equal(getattr(absent, k), getattr(whole, k)) for k in ("input_ids", "positions", "at", "targets"))
 
 
 @given(some_examples(), some_examples())
 def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
-    parts, whole = [data.pack(x) for x in (first, second)], data.pack(first + second)
+    parts, whole = [apart(x) for x in (first, second)], apart(first + second)
     assert [x for part in parts for x in sequences(part)] == sequences(whole)
     assert whole.at.tolist() == parts[0].at.tolist() + [sum(parts[0].packing.lengths) + i for i in parts[1].at.tolist()]
 
@@ -566,11 +569,11 @@ def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
 @given(some_examples(), st.none() | st.integers(0, 3), st.integers(1, 4))
 def test_what_examples_begin_with_alike_is_packed_once_and_each_is_found_again(examples, hidden, shared):
     """Of each example the sequences that lead to its last token hold what it reads, at its positions."""
-    alone = [data.pack([e], hidden) for e in examples]
+    alone = [apart([e], hidden) for e in examples]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "SHARED", shared)
-        batch = data.pack(examples, hidden, share=True)
-    whole = data.pack(examples, hidden)
+        batch = data.pack(examples, hidden)
+    whole = apart(examples, hidden)
     assert all(torch.equal(getattr(batch, k), getattr(whole, k)) for k in ("targets", "memory"))
     pairs = [*zip(batch.input_ids[0].tolist(), batch.positions[0].tolist(), strict=True)]
     starts = [0, *itertools.accumulate(batch.packing.lengths)]

@@ -15,12 +15,14 @@ import torch
 from helpers import (
     Tiny,
     error_of,
+    generations,
     make_tiny,
     open_unlearning_log,
     our_log,
     published,
     score_answers,
     tofu_rows,
+    values,
     whole_authors_log,
     without,
     write_log,
@@ -192,16 +194,6 @@ def results(tiny, sets):
     return tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
 
 
-def values(results: dict) -> list[float]:
-    """Every number of the per-item results, flat."""
-    items = [item for rows in results.values() for item in rows.values()]
-    return [v for i in items for v in (i["loss"], i["correct_loss"], *i["wrong_losses"], i["truth_ratio"], i["rouge"])]
-
-
-def generations(results: dict) -> list[str]:
-    return [item["generation"] for rows in results.values() for item in rows.values()]
-
-
 def test_items_are_keyed_by_row_and_hold_what_the_metrics_read(results, sets):
     for name, rows in sets.items():
         assert list(results[name]) == [row.key for row in rows]
@@ -282,9 +274,9 @@ def test_texts_are_scored_once_each_within_the_budget_the_longest_of_a_measure_f
 def test_a_prompt_is_computed_once_for_its_answers_and_no_number_changes(tiny, sets, results, monkeypatch):
     pack, sizes = inference.pack, []
 
-    def packed(examples, hidden_id=None, share=False):
-        alone = pack(examples, hidden_id)
-        sizes.append((pack(examples, hidden_id, share).input_ids.numel(), alone.input_ids.numel()))
+    def packed(examples, hidden_id=None):
+        alone = pack(examples, hidden_id, share=False)
+        sizes.append((pack(examples, hidden_id).input_ids.numel(), alone.input_ids.numel()))
         return alone
 
     monkeypatch.setattr(inference, "pack", packed)
@@ -475,11 +467,11 @@ def test_the_second_of_two_evaluations_waits_and_uses_the_firsts_result(
 def test_batches_are_halved_where_the_memory_ends(tiny, sets, results, monkeypatch, error):
     pack, generate, sizes = inference.pack, inference.generate, []
 
-    def packed(examples, *more, **how):
+    def packed(examples, *more):
         if len(examples) > limit:
             raise error
         sizes.append(len(examples))
-        return pack(examples, *more, **how)
+        return pack(examples, *more)
 
     def generated(model, prompts, *more):
         if len(prompts) > limit:
