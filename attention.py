@@ -6,14 +6,17 @@ Shapes: N positions of all sequences together, H query heads, G key/value heads,
 import copy
 import inspect
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+T = TypeVar("T")
+SHARED = 8  # tokens that sequences begin with alike are computed once from so many on
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 
 
@@ -76,6 +79,31 @@ class Packing:
             [torch.cat([x[i] for i in path], 2) if path[1:] else x[path[0]] for path in self.paths] for x in seen
         )
         return torch.cat([*map(causal_attention, queries, keys, values)], dim=2).to(q.dtype)
+
+
+def lay(sequences: Sequence[Sequence[T]], share: bool = True) -> tuple[list[T], list[list[int]], Packing]:
+    """(one row of N tokens with their positions, where in it those of each sequence stand, how they attend). share: what
+    several begin with, `SHARED` tokens or more, stands there once, and the rest of each follows it: what they compute is the
+    same but for rounding."""
+    tokens, lengths, after = list[T](), list[int](), list[int]()
+    rows: list[list[int]] = [[] for _ in sequences]
+    left = [([*range(len(sequences))], 0, -1)]  # some that are alike up to a position, and the part that ends there
+    while left:
+        some, start, parent = left.pop()
+        alike = defaultdict(list)
+        for i in some:
+            if len(sequences[i]) > start:
+                alike[tuple(sequences[i][start : start + SHARED]) if share else i].append(i)
+        for group in alike.values():
+            tails = zip(*(sequences[i][start:] for i in group), strict=False)
+            own = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, tails)]
+            for i in group:
+                rows[i] += range(len(tokens), len(tokens) + len(own))
+            left.append((group, start + len(own), len(lengths)))
+            tokens += own
+            lengths.append(len(own))
+            after.append(parent)
+    return tokens, rows, Packing(lengths, torch.device("cpu"), after)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -7,14 +7,12 @@ import csv
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,11 +24,10 @@ import torch
 from torch import Tensor
 
 import files
-from attention import Packing, onto
+from attention import Packing, lay, onto
 from hub import TOKENIZER_FILES, again, check_link, fetch
 
 T = TypeVar("T")
-SHARED = 8  # tokens that sequences begin with alike are computed once from so many on
 
 
 class DataError(files.UserError):
@@ -476,28 +473,10 @@ class Batch:
 
 def pack(examples: Sequence[Example], hidden_id: int | None = None, share: bool = True) -> Batch:
     """hidden_id: a token of the prompts that is left out, its position too, so that no later token sees it.
-    share: `SHARED` tokens or more that several examples begin with are one sequence, and the rest of each follows it. In
-    exact arithmetic that changes nothing."""
+    share: as of `lay`."""
     # Positions that are read, of each example: all but the last, which is only predicted.
     read = [[(t, i) for i, t in enumerate(e.ids[:-1]) if t != hidden_id or i >= e.prompt_length - 1] for e in examples]
-    rows: list[list[int]] = [[] for _ in examples]  # in N, of what each example reads
-    tokens, lengths, after = list[tuple[int, int]](), list[int](), list[int]()
-    left = [([*range(len(examples))], 0, -1)]  # examples that are alike up to a position, what sequence ends there
-    while left:
-        some, start, parent = left.pop()
-        alike = defaultdict(list)
-        for i in some:
-            if len(read[i]) > start:
-                alike[tuple(read[i][start : start + SHARED]) if share else i].append(i)
-        for group in alike.values():
-            tails = zip(*(read[i][start:] for i in group), strict=False)
-            own = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, tails)]
-            for i in group:
-                rows[i] += range(len(tokens), len(tokens) + len(own))
-            left.append((group, start + len(own), len(lengths)))
-            tokens += own
-            lengths.append(len(own))
-            after.append(parent)
+    tokens, rows, packing = lay(read, share)
     answers, integers = tuple(e.answer_length for e in examples), partial(torch.tensor, dtype=torch.int64)
     ids, positions = zip(*tokens, strict=True)
     return Batch(
@@ -506,7 +485,7 @@ def pack(examples: Sequence[Example], hidden_id: int | None = None, share: bool 
         integers([row for own, n in zip(rows, answers, strict=True) for row in own[len(own) - n :]]),
         integers([t for e in examples for t in e.ids[e.prompt_length :]]),
         torch.tensor([m for e in examples for m in e.memory or (True,) * e.answer_length], dtype=torch.bool),
-        Packing(lengths, torch.device("cpu"), after),
+        packing,
         answers,
     )
 

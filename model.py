@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import files
-from attention import Packing, causal_attention
+from attention import Packing, causal_attention, lay
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
@@ -118,22 +118,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts of these lengths are packed and end at the
-    same slot; then each row gets one position at a time, at most `more`. `length` slots are filled."""
+    """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts are packed, each at these of N, and end at
+    the same slot; then each row gets one position at a time, at most `more`. `length` slots are filled."""
 
-    def __init__(self, config: LlamaConfig, prompts: Sequence[int], more: int, device: torch.device, dtype: torch.dtype):
-        self.length = max(prompts)
+    def __init__(
+        self, config: LlamaConfig, prompts: Sequence[Sequence[int]], more: int, device: torch.device, dtype: torch.dtype
+    ):
+        self.length, self.packed = max(map(len, prompts)), torch.tensor([*itertools.chain(*prompts)], device=device)
         shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, self.length + more, config.head_dim)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
-        used = torch.arange(self.length + more) >= self.length - torch.tensor(prompts)[:, None]
-        self.row, self.slot = used[:, : self.length].nonzero().to(device).unbind(1)  # of each token of the packed prompts
+        used = torch.arange(self.length + more) >= self.length - torch.tensor([*map(len, prompts)])[:, None]
+        self.row, self.slot = used[:, : self.length].nonzero().to(device).unbind(1)  # of each token of the prompts
         # [B, 1, 1, S], added to attention scores: -inf where a row has nothing to be seen.
         self.mask = torch.zeros(used.shape, dtype=dtype).masked_fill(~used, -math.inf)[:, None, None].to(device)
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store those of the packed prompts, [1, G, N, K]."""
-        self.data[layer, 0][self.row, :, self.slot] = k[0].transpose(0, 1)
-        self.data[layer, 1][self.row, :, self.slot] = v[0].transpose(0, 1)
+        self.data[layer, 0][self.row, :, self.slot] = k[0][:, self.packed].transpose(0, 1)
+        self.data[layer, 1][self.row, :, self.slot] = v[0][:, self.packed].transpose(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One more position, which is stored: q [B, H, 1, K], k and v [B, G, 1, K] -> [B, H, 1, K]."""
@@ -291,24 +293,24 @@ def generate(
 
     stop_ids: token ids that end a row (default: the EOS ids of the model's config).
     hidden_id: a token of the prompts that no later one sees and that takes up no position, as if it were padding.
-    The prompts go through the model packed; then all rows one token at a time, and a row that has stopped leaves the batch.
+    The prompts go through the model packed, what they begin with alike once; then all rows one token at a time, and a row
+    that has stopped leaves the batch.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     device = model.device
     # Hidden tokens are left out, but for one that ends its prompt: it predicts, in the place of the token before it.
     kept = [[t for t in prompt[:-1] if t != hidden_id] + [prompt[-1]] for prompt in prompts]
-    lengths = [len(p) for p in kept]
     ends_hidden = torch.tensor([p[-1] == hidden_id for p in kept], device=device)
-    ahead = torch.tensor(lengths, device=device) - ends_hidden.long()  # next rotary position
-    positions = torch.tensor([[min(i, a - 1) for n, a in zip(lengths, ahead.tolist(), strict=True) for i in range(n)]])
-    cache = KVCache(model.config, lengths, max_new_tokens, device, model.compute_dtype)
+    numbered = [[(t, i - (t == hidden_id)) for i, t in enumerate(p)] for p in kept]  # with rotary positions
+    tokens, places, packing = lay(numbered)
+    cache = KVCache(model.config, places, max_new_tokens, device, model.compute_dtype)
     cache.mask[ends_hidden, ..., cache.length - 1] = -math.inf
     stop = torch.tensor([*(model.config.eos_token_ids if stop_ids is None else stop_ids)], dtype=torch.int64, device=device)
-    ids = torch.tensor([list(itertools.chain(*kept))], device=device)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    packing = Packing(lengths, device)
-    x = model.hidden_states(ids, at=last, positions=positions.to(device), cache=cache, packing=packing)
+    ids, positions = torch.tensor(tokens, device=device).T[:, None]
+    last = torch.tensor([own[-1] for own in places], device=device)
+    x = model.hidden_states(ids, at=last, positions=positions, cache=cache, packing=packing.to(device))
+    ahead = torch.tensor([p[-1][1] + 1 for p in numbered], device=device)  # the next positions
     rows = torch.arange(len(kept), device=device)
     out = torch.full((len(kept), max_new_tokens), -1, device=device)
     for step in range(max_new_tokens):

@@ -338,7 +338,7 @@ def test_what_follows_a_shared_beginning_is_computed_as_if_alone(kernel, every, 
     """States and gradients: in float32 sequence by sequence, in bfloat16 also through the branch of GPUs."""
     exact, rough = HEAD_OF[tied]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHARED", shared)
+        patch.setattr(attention, "SHARED", shared)
         patch.setattr(attention, "has_flash", lambda device: branch)
         whole, alone = [data.pack(every)], [data.pack([e]) for e in every]
         for a, b in zip(states(exact, whole), states(exact, alone), strict=True):
@@ -348,10 +348,21 @@ def test_what_follows_a_shared_beginning_is_computed_as_if_alone(kernel, every, 
             assert distance(a, c) < 1.5 * distance(b, c) + 5e-3
 
 
+@settings(max_examples=15)
+@given(families(), st.booleans(), st.none() | st.integers(0, 30), st.integers(1, 9))
+def test_generation_after_a_shared_beginning_is_that_of_each_prompt_alone(every, tied, hidden, shared):
+    model, prompts = HEAD_OF[tied][0], [list(e.ids) for e in every]
+    hidden = hidden if hidden is None else prompts[0][hidden % len(prompts[0])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SHARED", shared)
+        found = generate(model, prompts, 5, hidden_id=hidden)
+    assert found == [generate(model, [prompt], 5, hidden_id=hidden)[0] for prompt in prompts]
+
+
 @pytest.mark.parametrize("dtype, branch", [(torch.float32, False), (torch.bfloat16, True)])
 def test_compiled_a_shared_beginning_is_the_same_for_all_shapes(kernel, monkeypatch, dtype, branch):
     monkeypatch.setattr(attention, "has_flash", lambda device: branch)
-    monkeypatch.setattr(data, "SHARED", 2)
+    monkeypatch.setattr(attention, "SHARED", 2)
     families = [[data.Example(f"{e.key}/{i}", e.ids + (i + 1,) * (n + i), e.prompt_length) for e in some for i in range(n)]
                 for n, some in ((2, EVERY[:3]), (4, EVERY[2:7]), (3, EVERY))]  # fmt: skip
     model, twin = (model_of(dtype, dataclasses.replace(SMALL, num_hidden_layers=1)) for _ in "ab")

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
+import attention
 import data
 import eval as evaluation
 import muse
@@ -571,7 +572,7 @@ def test_what_examples_begin_with_alike_is_packed_once_and_each_is_found_again(e
     """Of each example the sequences that lead to its last token hold what it reads, at its positions."""
     alone = [apart([e], hidden) for e in examples]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SHARED", shared)
+        patch.setattr(attention, "SHARED", shared)
         batch = data.pack(examples, hidden)
     whole = apart(examples, hidden)
     assert all(torch.equal(getattr(batch, k), getattr(whole, k)) for k in ("targets", "memory"))
