@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import itertools
 import json
 import os
 import random
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 import files
+from attention import Packing, lay, onto
 from hub import TOKENIZER_FILES, again, check_link, fetch
 
 T = TypeVar("T")
@@ -451,47 +451,41 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences for teacher forcing, packed back to back in one row of N tokens. A of these predict an answer token."""
+    """Examples for teacher forcing, packed back to back in one row of N tokens. A times one predicts an answer token."""
 
-    input_ids: Tensor  # [1, N] int64, everything but each sequence's last token
-    positions: Tensor  # [1, N] int64, 0, 1, ... anew for each sequence
-    at: Tensor  # [A] int64, where in N the next token is an answer token
+    input_ids: Tensor  # [1, N] int64, everything but each example's last token
+    positions: Tensor  # [1, N] int64, 0, 1, ... anew for each example
+    at: Tensor  # [A] int64, where in N the next token is an answer token, of one example after the other
     targets: Tensor  # [A] int64, those answer tokens
     memory: Tensor  # [A] bool, the memory positions; all, where an example has none marked
-    borders: Tensor  # [B + 1] int32, where in N each sequence starts, and N
-    lengths: tuple[int, ...]  # B numbers, their sum is N
-    answer_lengths: tuple[int, ...]  # B numbers, their sum is A
+    packing: Packing  # of the N
+    answer_lengths: tuple[int, ...]  # of each example, their sum is A
 
     def to(self, device: str | torch.device) -> "Batch":
         moved: dict = {k: onto(x, device) for k, x in vars(self).items() if isinstance(x, Tensor)}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, packing=self.packing.to(device), **moved)
 
     @property
     def inputs(self) -> dict:
         """Arguments of the model."""
-        return {k: getattr(self, k) for k in ("input_ids", "at", "positions", "lengths", "borders")}
+        return {k: getattr(self, k) for k in ("input_ids", "at", "positions", "packing")}
 
 
-def onto(x: Tensor, device: str | torch.device) -> Tensor:
-    """The tensor there. From pinned memory, so that a GPU takes it when it comes to it and nothing waits."""
-    x = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
-    return x.to(device, non_blocking=True)
-
-
-def pack(examples: Sequence[Example], hidden_id: int | None = None) -> Batch:
-    """hidden_id: a token of the prompts that is left out, its position too, so that no later token sees it."""
+def pack(examples: Sequence[Example], hidden_id: int | None = None, share: bool = True) -> Batch:
+    """hidden_id: a token of the prompts that is left out, its position too, so that no later token sees it.
+    share: as of `lay`."""
     # Positions that are read, of each example: all but the last, which is only predicted.
-    read = [[i for i, t in enumerate(e.ids[:-1]) if t != hidden_id or i >= e.prompt_length - 1] for e in examples]
-    lengths, answers = tuple(map(len, read)), tuple(e.answer_length for e in examples)
-    integers = partial(torch.tensor, dtype=torch.int64)
+    read = [[(t, i) for i, t in enumerate(e.ids[:-1]) if t != hidden_id or i >= e.prompt_length - 1] for e in examples]
+    tokens, rows, packing = lay(read, share)
+    answers, integers = tuple(e.answer_length for e in examples), partial(torch.tensor, dtype=torch.int64)
+    ids, positions = zip(*tokens, strict=True)
     return Batch(
-        integers([[e.ids[i] for e, positions in zip(examples, read, strict=True) for i in positions]]),
-        integers([list(itertools.chain(*read))]),
-        integers([i for end, a in zip(itertools.accumulate(lengths), answers, strict=True) for i in range(end - a, end)]),
+        integers([ids]),
+        integers([positions]),
+        integers([row for own, n in zip(rows, answers, strict=True) for row in own[len(own) - n :]]),
         integers([t for e in examples for t in e.ids[e.prompt_length :]]),
         torch.tensor([m for e in examples for m in e.memory or (True,) * e.answer_length], dtype=torch.bool),
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-        lengths,
+        packing,
         answers,
     )
 

@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,9 +29,10 @@ from tqdm import tqdm
 import distributed
 import files
 import logs
+from attention import has_flash
 from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
 from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k, unscorable
-from model import Llama, generate, has_flash
+from model import Llama, generate
 
 Scores = dict[str, Any]  # numbers, or one for each token
 # What is measured of each text of a batch: (logits [A, V], targets [A], how many of A are each text's) -> their scores.
@@ -144,10 +146,12 @@ def memorization(logits: Tensor, targets: Tensor, lengths: tuple[int, ...]) -> l
 
 def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
     """One measure after the other as the texts first have them, each in groups of at most `budget` tokens, or of one text
-    that is longer; longest texts first: running out of memory shows at once."""
+    that is longer; those of one prompt together, longest texts first: running out of memory shows at once."""
     for measure in dict.fromkeys(text.measure for text in texts):
-        batch, tokens = list[Text](), 0
+        batch, tokens, alike = list[Text](), 0, defaultdict(list)
         for text in sorted((t for t in texts if t.measure == measure), key=lambda t: -len(t.example.ids)):
+            alike[text.example.ids[: text.example.prompt_length]].append(text)
+        for text in itertools.chain(*alike.values()):
             size = len(text.example.ids)
             if batch and tokens + size > budget:
                 yield batch
@@ -192,9 +196,10 @@ def by_memory(device: torch.device, usual: int, each: int) -> int:
 def score(
     model: Llama, texts: Sequence[Text], hidden_id: int | None = None, budget: int | None = None
 ) -> Iterator[dict[str, Scores]]:
-    """{key: scores} of each batch: teacher-forced, packed, about `budget` tokens (None: 2048, on a GPU `by_memory`), the
-    output head at labels only. hidden_id: a token of the prompts that no later one may see (`Options.mask_quirk`). Out of
-    memory, it goes on with half the budget. Raises EvalError for a text that is too much for the memory by itself."""
+    """{key: scores} of each batch: teacher-forced, packed, a prompt once for its answers, texts of about `budget` tokens
+    (None: 2048, on a GPU `by_memory`), the output head at labels only. hidden_id: a token of the prompts that no later one
+    may see (`Options.mask_quirk`). Out of memory, it goes on with half the budget. Raises EvalError for a text that is too
+    much for the memory by itself."""
     c = model.config  # six float32 tensors as large as the logits, as `memorization` has them, and those of a block
     each = 24 * c.vocab_size + 16 * (c.hidden_size + c.intermediate_size)
     budget, done, batch = budget or by_memory(model.device, 2048, each), set[str](), list[Text]()

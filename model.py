@@ -7,30 +7,28 @@ Other architectures, biases, sliding windows and quantised weights are a ModelEr
 
 import contextlib
 import copy
-import inspect
 import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 import files
+from attention import Packing, causal_attention, lay
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
 ROOMY = 64e9  # bytes of a GPU that holds eight times as many
-GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
 HOLDS = "a model folder holds config.json, *.safetensors and tokenizer.json"
 
 
@@ -120,22 +118,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts of these lengths are packed and end at the
-    same slot; then each row gets one position at a time, at most `more`. `length` slots are filled."""
+    """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts are packed, each at these of N, and end at
+    the same slot; then each row gets one position at a time, at most `more`. `length` slots are filled."""
 
-    def __init__(self, config: LlamaConfig, prompts: Sequence[int], more: int, device: torch.device, dtype: torch.dtype):
-        self.length = max(prompts)
+    def __init__(
+        self, config: LlamaConfig, prompts: Sequence[Sequence[int]], more: int, device: torch.device, dtype: torch.dtype
+    ):
+        self.length, self.packed = max(map(len, prompts)), torch.tensor([*itertools.chain(*prompts)], device=device)
         shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, self.length + more, config.head_dim)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
-        used = torch.arange(self.length + more) >= self.length - torch.tensor(prompts)[:, None]
-        self.row, self.slot = used[:, : self.length].nonzero().to(device).unbind(1)  # of each token of the packed prompts
+        used = torch.arange(self.length + more) >= self.length - torch.tensor([*map(len, prompts)])[:, None]
+        self.row, self.slot = used[:, : self.length].nonzero().to(device).unbind(1)  # of each token of the prompts
         # [B, 1, 1, S], added to attention scores: -inf where a row has nothing to be seen.
         self.mask = torch.zeros(used.shape, dtype=dtype).masked_fill(~used, -math.inf)[:, None, None].to(device)
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store those of the packed prompts, [1, G, N, K]."""
-        self.data[layer, 0][self.row, :, self.slot] = k[0].transpose(0, 1)
-        self.data[layer, 1][self.row, :, self.slot] = v[0].transpose(0, 1)
+        self.data[layer, 0][self.row, :, self.slot] = k[0][:, self.packed].transpose(0, 1)
+        self.data[layer, 1][self.row, :, self.slot] = v[0][:, self.packed].transpose(0, 1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One more position, which is stored: q [B, H, 1, K], k and v [B, G, 1, K] -> [B, H, 1, K]."""
@@ -154,44 +154,6 @@ class KVCache:
         order = torch.arange(n, device=rows.device).index_copy(0, free, moved)
         self.data, self.mask = self.data[:, :, :n], self.mask[order]
         return order
-
-
-def has_flash(device: torch.device) -> bool:
-    """Whether `varlen_attn` runs there: on GPUs from compute capability 8.0, which is not that of a T4 or V100."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-class Packing:
-    """Sequences back to back in one row: each attends causally to itself alone."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device, borders: Tensor | None = None):
-        """borders: [B + 1] int32 on the device, where each sequence starts and the last one ends; None: made here."""
-        self.lengths, self.longest, self.flash = list(lengths), max(lengths), has_flash(device)
-        ends = [0, *itertools.accumulate(self.lengths)]
-        self.borders = torch.tensor(ends, dtype=torch.int32, device=device) if borders is None else borders
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, H, N, K], k and v [1, G, N, K] -> [1, H, N, K]."""
-        # The kernel takes head sizes in steps of 8 up to 256, and above 192 not every card has its backward pass.
-        if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
-            how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
-            if not GROUPED:
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            ends = self.borders, self.borders, self.longest, self.longest
-            return cast(Tensor, varlen_attn(q, k, v, *ends, **how)).transpose(0, 1)[None]
-        return self._one_by_one(q, k, v)
-
-    @torch.compiler.disable  # the lengths are another at every step: nothing to compile for
-    def _one_by_one(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # On CPUs the backward pass of bfloat16 attention takes three times as long as that of float32.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        parts = zip(*(x.to(wide).split(self.lengths, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([causal_attention(*part) for part in parts], dim=2).to(q.dtype)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -290,22 +252,20 @@ class Llama(nn.Module):
 
     def hidden_states(
         self, input_ids: Tensor, at: Tensor | None = None, *, positions: Tensor | None = None, cache: KVCache | None = None,
-        lengths: Sequence[int] | None = None, borders: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:  # fmt: skip
         """What the output head reads, in the compute dtype: [B, T, D], or [A, D] for the positions `at` only.
 
         input_ids: [B, T] int64, padded on the right: causal attention never sees that padding.
         at: [A] int64, into the B * T positions one row after the other.
-        lengths: of sequences packed back to back in the one row of input_ids [1, N]; `positions` (rotary) restart with each.
-        borders: as of `Packing`.
-        cache: filled with the packed sequences; without `lengths`, input_ids [B, 1] are the next position of each row.
+        packing: of sequences back to back in the one row of input_ids [1, N]; `positions` (rotary) are of each anew.
+        cache: filled with the packed sequences; without `packing`, input_ids [B, 1] are the next position of each row.
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] if positions is None else positions
         self.frequencies = self.frequencies.to(input_ids.device)  # once: a GPU would be waited for in every pass
         angles = positions[..., None].float() * self.frequencies  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
-        packing = Packing(lengths, x.device, borders) if lengths is not None else None
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, packing, use_reentrant=False)
@@ -333,23 +293,24 @@ def generate(
 
     stop_ids: token ids that end a row (default: the EOS ids of the model's config).
     hidden_id: a token of the prompts that no later one sees and that takes up no position, as if it were padding.
-    The prompts go through the model packed; then all rows one token at a time, and a row that has stopped leaves the batch.
+    The prompts go through the model packed, what they begin with alike once; then all rows one token at a time, and a row
+    that has stopped leaves the batch.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
     device = model.device
     # Hidden tokens are left out, but for one that ends its prompt: it predicts, in the place of the token before it.
     kept = [[t for t in prompt[:-1] if t != hidden_id] + [prompt[-1]] for prompt in prompts]
-    lengths = [len(p) for p in kept]
     ends_hidden = torch.tensor([p[-1] == hidden_id for p in kept], device=device)
-    ahead = torch.tensor(lengths, device=device) - ends_hidden.long()  # next rotary position
-    positions = torch.tensor([[min(i, a - 1) for n, a in zip(lengths, ahead.tolist(), strict=True) for i in range(n)]])
-    cache = KVCache(model.config, lengths, max_new_tokens, device, model.compute_dtype)
+    numbered = [[(t, i - (t == hidden_id)) for i, t in enumerate(p)] for p in kept]  # with rotary positions
+    tokens, places, packing = lay(numbered)
+    cache = KVCache(model.config, places, max_new_tokens, device, model.compute_dtype)
     cache.mask[ends_hidden, ..., cache.length - 1] = -math.inf
     stop = torch.tensor([*(model.config.eos_token_ids if stop_ids is None else stop_ids)], dtype=torch.int64, device=device)
-    ids = torch.tensor([list(itertools.chain(*kept))], device=device)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    x = model.hidden_states(ids, at=last, positions=positions.to(device), cache=cache, lengths=lengths)
+    ids, positions = torch.tensor(tokens, device=device).T[:, None]
+    last = torch.tensor([own[-1] for own in places], device=device)
+    x = model.hidden_states(ids, at=last, positions=positions, cache=cache, packing=packing.to(device))
+    ahead = torch.tensor([p[-1][1] + 1 for p in numbered], device=device)  # the next positions
     rows = torch.arange(len(kept), device=device)
     out = torch.full((len(kept), max_new_tokens), -1, device=device)
     for step in range(max_new_tokens):

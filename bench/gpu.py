@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 import dipo  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
+from attention import Packing  # noqa: E402
 from bench.machine import available_memory, matmul_rate  # noqa: E402
 from bench.setting import make_examples, make_model, work  # noqa: E402
 from config import Config  # noqa: E402
 from data import Example  # noqa: E402
-from model import Llama, Packing, generate  # noqa: E402
+from model import Llama, generate  # noqa: E402
 from reference import CachedReference  # noqa: E402
 
 SECONDS = 550  # of a call, without loading torch; what runs then is ended

@@ -29,7 +29,7 @@ import train  # noqa: E402
 from bench.machine import matmul_rate  # noqa: E402
 from bench.setting import work  # noqa: E402
 from config import Config  # noqa: E402
-from data import Example, Tokenizer, draw  # noqa: E402
+from data import Example, Tokenizer, draw, pack  # noqa: E402
 from files import UserError  # noqa: E402
 from inference import Options  # noqa: E402
 from model import Llama, load_pretrained, resolve_folder  # noqa: E402
@@ -79,18 +79,19 @@ def evaluate_ours(args, model: Llama, tokenizer: Tokenizer) -> dict:
 
 
 def evaluation_flops(args, model: Llama, tokenizer: Tokenizer, rows: dict) -> float:
-    """What must be computed: each token of a text through the blocks, each answer token through the head, each prompt token
-    through the blocks once, each generated token through blocks and head."""
+    """What must be computed: what texts begin with alike through the blocks once, and the rest of each, each answer token
+    through the head, each prompt token through the blocks once, each generated token through blocks and head."""
     head = model.lm_head.weight.numel()
     block = sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
-    flops = 0.0
+    flops, texts = 0.0, list[Example]()
     for part, items in Tofu(Options("tofu_forget10", args.data_dir, rows=args.rows)).plan(tokenizer).items():
         for key, asked in items.items():
             for text in asked.texts.values():
-                flops += 2 * block * (len(text.example.ids) - 1) + 2 * head * text.example.answer_length
+                flops += 2 * head * text.example.answer_length
+                texts.append(text.example)
             new = len(tokenizer.tokenizer.encode(rows[part][key]["generation"]).ids) + 1
             flops += 2 * block * (len(asked.prompt.ids) + new) + 2 * head * new
-    return flops
+    return flops + 2 * block * pack(texts).input_ids.numel()
 
 
 def our_step(model: Llama, examples: dict[str, list[Example]], compiled: bool):
@@ -210,7 +211,7 @@ def measure(args, model: Llama, tokenizer: Tokenizer, folder: Path) -> dict:
         found = in_turns(sides, args.turns)
         counted = work(model.config, examples)
         head = 2 * model.lm_head.weight.numel() * sum(e.answer_length for e in examples["forget"])  # the reference's
-        record["step"] = summary(found, counted["finetuning"] + head, rate)
+        record["step"] = summary(found, counted["finetuning"] - counted["saved"] + head, rate)
         table.append(row(f"step of NPO+GD, {args.batch} + {args.batch}", record["step"]))
         record["losses"] = [[loss for _, loss in turns] for turns in found.values()]
         differences += [abs(a / b - 1) for a, b in zip(*record["losses"], strict=True)]

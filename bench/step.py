@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +69,8 @@ def padded(examples: list[data.Example]) -> data.Batch:
     T = max(len(e.ids) for e in examples) - 1
     input_ids = torch.tensor([[*e.ids[:-1]] + [0] * (T + 1 - len(e.ids)) for e in examples])
     at = [i * T + t for i, e in enumerate(examples) for t in range(e.prompt_length - 1, len(e.ids) - 1)]
-    moved = {"input_ids": input_ids, "positions": torch.arange(T)[None], "at": torch.tensor(at), "lengths": None}
-    return dataclasses.replace(data.pack(examples), **moved)
+    moved = {"input_ids": input_ids, "positions": torch.arange(T)[None], "at": torch.tensor(at)}
+    return dataclasses.replace(data.pack(examples), packing=SimpleNamespace(to=lambda device: None), **moved)
 
 
 def our_step(args, variant: str):

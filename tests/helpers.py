@@ -205,3 +205,13 @@ def tofu_rows(model, tokenizer, sets, max_new_tokens=200, batch_size=None, proto
     benchmark.sets, benchmark.protocol = sets, protocol or benchmark.protocol
     benchmark.batch_size = batch_size or benchmark.batch_size
     return benchmark.rows(model, tokenizer, journal=journal)
+
+
+def values(results: dict) -> list[float]:
+    """Every number of the per-item results, flat."""
+    items = [item for rows in results.values() for item in rows.values()]
+    return [v for i in items for v in (i["loss"], i["correct_loss"], *i["wrong_losses"], i["truth_ratio"], i["rouge"])]
+
+
+def generations(results: dict) -> list[str]:
+    return [item["generation"] for rows in results.values() for item in rows.values()]

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 
+import attention
 import data
 import eval as evaluation
 import muse
@@ -502,10 +503,13 @@ def some_examples(draw) -> list[Example]:
     return found
 
 
+apart = partial(data.pack, share=False)
+
+
 def sequences(batch: data.Batch) -> list[tuple[list, list, list, list, list]]:
     """(tokens, positions, where an answer token is predicted, targets, memory) of each sequence, told apart by length
     alone."""
-    by_token = zip(*(x[0].split(batch.lengths) for x in (batch.input_ids, batch.positions)), strict=True)
+    by_token = zip(*(x[0].split(batch.packing.lengths) for x in (batch.input_ids, batch.positions)), strict=True)
     by_answer = zip(*(x.split(batch.answer_lengths) for x in (batch.at, batch.targets, batch.memory)), strict=True)
     found, start = [], 0
     for (ids, positions), (at, targets, memory) in zip(by_token, by_answer, strict=True):
@@ -516,17 +520,17 @@ def sequences(batch: data.Batch) -> list[tuple[list, list, list, list, list]]:
 
 @given(some_examples())
 def test_a_batch_holds_its_examples_whatever_their_tokens(examples):
-    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets, _ in sequences(data.pack(examples))]
+    found = [((*ids[: at[0] + 1], *targets), at[0] + 1) for ids, _, at, targets, _ in sequences(apart(examples))]
     assert found == [(e.ids, e.prompt_length) for e in examples]
 
 
 @given(some_examples())
 @claim("each target is the token after its position; sequences are told apart by length", "ours")
 def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apart_by_length(examples):
-    batch = data.pack(examples)
-    assert batch.input_ids.shape == batch.positions.shape == (1, sum(batch.lengths))
+    batch = apart(examples)
+    assert batch.input_ids.shape == batch.positions.shape == (1, sum(batch.packing.lengths))
     assert batch.at.shape == batch.targets.shape == batch.memory.shape == (sum(batch.answer_lengths),)
-    assert batch.lengths == tuple(len(e.ids) - 1 for e in examples)
+    assert batch.packing.lengths == tuple(len(e.ids) - 1 for e in examples)
     assert batch.answer_lengths == tuple(e.answer_length for e in examples)
     for e, (ids, positions, at, targets, _) in zip(examples, sequences(batch), strict=True):
         assert (*ids, targets[-1]) == e.ids and positions == list(range(len(ids)))
@@ -535,7 +539,7 @@ def test_each_target_is_the_token_after_its_position_and_sequences_are_told_apar
 
 @given(some_examples(), st.none() | st.integers(0, 3))
 def test_memory_flags_stand_at_their_tokens_and_none_marked_is_all_of_them(examples, hidden):
-    batch = data.pack(examples, hidden)
+    batch = apart(examples, hidden)
     assert batch.memory.dtype == torch.bool
     for e, (*_, memory) in zip(examples, sequences(batch), strict=True):
         assert memory == [True] * e.answer_length if e.memory is None else tuple(memory) == e.memory
@@ -544,7 +548,7 @@ def test_memory_flags_stand_at_their_tokens_and_none_marked_is_all_of_them(examp
 @given(some_examples(), st.integers(0, 3))
 def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examples, hidden):
     """Where the first answer token is predicted from it, and in the answer, it stays."""
-    whole, batch = data.pack(examples), data.pack(examples, hidden)
+    whole, batch = apart(examples), apart(examples, hidden)
     assert torch.equal(batch.targets, whole.targets) and batch.answer_lengths == whole.answer_lengths
     for e, (ids, positions, at, targets, _) in zip(examples, sequences(batch), strict=True):
         before_last = range(e.prompt_length - 1)
@@ -552,23 +556,49 @@ def test_a_hidden_token_is_left_out_of_prompts_and_positions_keep_counting(examp
         assert positions == sorted(set(positions)) and ids == [e.ids[i] for i in positions]
         assert [positions[i] for i in at] == list(range(e.prompt_length - 1, len(e.ids) - 1))
         assert [e.ids[positions[i] + 1] for i in at] == targets
-    absent = data.pack(examples, 4)
+    absent = apart(examples, 4)
     assert all(torch.equal(getattr(absent, k), getattr(whole, k)) for k in ("input_ids", "positions", "at", "targets"))
 
 
 @given(some_examples(), some_examples())
 def test_packing_of_lists_one_after_the_other_is_packing_of_all(first, second):
-    parts, whole = [data.pack(x) for x in (first, second)], data.pack(first + second)
+    parts, whole = [apart(x) for x in (first, second)], apart(first + second)
     assert [x for part in parts for x in sequences(part)] == sequences(whole)
-    assert whole.at.tolist() == parts[0].at.tolist() + [sum(parts[0].lengths) + i for i in parts[1].at.tolist()]
+    assert whole.at.tolist() == parts[0].at.tolist() + [sum(parts[0].packing.lengths) + i for i in parts[1].at.tolist()]
+
+
+@given(some_examples(), st.none() | st.integers(0, 3), st.integers(1, 4))
+def test_what_examples_begin_with_alike_is_packed_once_and_each_is_found_again(examples, hidden, shared):
+    """Of each example the sequences that lead to its last token hold what it reads, at its positions."""
+    alone = [apart([e], hidden) for e in examples]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SHARED", shared)
+        batch = data.pack(examples, hidden)
+    whole = apart(examples, hidden)
+    assert all(torch.equal(getattr(batch, k), getattr(whole, k)) for k in ("targets", "memory"))
+    pairs = [*zip(batch.input_ids[0].tolist(), batch.positions[0].tolist(), strict=True)]
+    starts = [0, *itertools.accumulate(batch.packing.lengths)]
+    own = [pairs[a:b] for a, b in itertools.pairwise(starts)]
+    read = [[*zip(one.input_ids[0].tolist(), one.positions[0].tolist(), strict=True)] for one in alone]
+    for one, expected, at in zip(alone, read, batch.at.split(batch.answer_lengths), strict=True):
+        last = next(i for i, end in enumerate(starts[1:]) if at[-1] < end)
+        rows = [row for i in batch.packing.paths[last] for row in range(starts[i], starts[i + 1])]
+        rows = rows[: rows.index(at[-1]) + 1]
+        assert [pairs[row] for row in rows] == expected and [rows[i] for i in one.at] == at.tolist()
+    for one, other in itertools.combinations(range(len(own)), 2):
+        siblings = batch.packing.paths[one][:-1] == batch.packing.paths[other][:-1]
+        assert not siblings or own[one][:shared] != own[other][:shared]
+    assert len(pairs) <= whole.input_ids.numel()
+    if shared == 1:
+        assert len(pairs) == len({tuple(x[: i + 1]) for x in read for i in range(len(x))})
 
 
 def test_a_batch_moves_as_a_whole():
     moved = data.pack([Example("x/0", (1, 2, 3), 1)]).to("meta")
     tensors = [x for x in vars(moved).values() if isinstance(x, torch.Tensor)]
-    assert len(tensors) == 6 and all(t.is_meta for t in tensors)
-    assert (moved.lengths, moved.answer_lengths) == ((2,), (2,))
-    assert moved.inputs.keys() == {"input_ids", "positions", "at", "lengths", "borders"}
+    assert len(tensors) == 5 and all(t.is_meta for t in (*tensors, moved.packing.borders, moved.packing.key_borders))
+    assert (moved.packing.lengths, moved.answer_lengths) == ((2,), (2,))
+    assert moved.inputs.keys() == {"input_ids", "positions", "at", "packing"}
 
 
 SEEDS, SIZES = st.integers(0, 5), st.integers(1, 12)

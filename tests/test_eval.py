@@ -15,12 +15,14 @@ import torch
 from helpers import (
     Tiny,
     error_of,
+    generations,
     make_tiny,
     open_unlearning_log,
     our_log,
     published,
     score_answers,
     tofu_rows,
+    values,
     whole_authors_log,
     without,
     write_log,
@@ -192,16 +194,6 @@ def results(tiny, sets):
     return tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
 
 
-def values(results: dict) -> list[float]:
-    """Every number of the per-item results, flat."""
-    items = [item for rows in results.values() for item in rows.values()]
-    return [v for i in items for v in (i["loss"], i["correct_loss"], *i["wrong_losses"], i["truth_ratio"], i["rouge"])]
-
-
-def generations(results: dict) -> list[str]:
-    return [item["generation"] for rows in results.values() for item in rows.values()]
-
-
 def test_items_are_keyed_by_row_and_hold_what_the_metrics_read(results, sets):
     for name, rows in sets.items():
         assert list(results[name]) == [row.key for row in rows]
@@ -277,6 +269,21 @@ def test_texts_are_scored_once_each_within_the_budget_the_longest_of_a_measure_f
         assert own == sorted(own, reverse=True)
     for i, (one, other) in enumerate(itertools.pairwise(sizes)):  # no more batches than needed
         assert sum(one) + other[0] > budget or batches[i][0].measure != batches[i + 1][0].measure
+
+
+def test_a_prompt_is_computed_once_for_its_answers_and_no_number_changes(tiny, sets, results, monkeypatch):
+    pack, sizes = inference.pack, []
+
+    def packed(examples, hidden_id=None):
+        alone = pack(examples, hidden_id, share=False)
+        sizes.append((pack(examples, hidden_id).input_ids.numel(), alone.input_ids.numel()))
+        return alone
+
+    monkeypatch.setattr(inference, "pack", packed)
+    again = tofu_rows(tiny.model, tiny.tokenizer, sets, 8)
+    assert generations(again) == generations(results) and values(again) == pytest.approx(values(results), rel=1e-4)
+    shared, alone = map(sum, zip(*sizes, strict=True))
+    assert shared < 0.7 * alone
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

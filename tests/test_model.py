@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import inference
 import model as model_module
+from attention import Packing
 from model import (
     TOKENIZER_FILES,
     Llama,
@@ -182,7 +183,7 @@ def packed(rows: list[list[int]]) -> dict:
     return {
         "input_ids": torch.tensor([sum(rows, [])]),
         "positions": torch.tensor([positions]),
-        "lengths": [len(row) for row in rows],
+        "packing": Packing([len(row) for row in rows], torch.device("cpu")),
     }
 
 

@@ -274,8 +274,8 @@ def test_every_token_behind_bos_is_predicted_from_those_before_it(words, texts, 
     except DataError:
         return
     batch = data.pack(chunks)
-    assert batch.lengths == batch.answer_lengths
-    rows = zip(*(x.split(batch.lengths) for x in (batch.input_ids[0], batch.at, batch.targets)), strict=True)
+    assert batch.packing.lengths == batch.answer_lengths
+    rows = zip(*(x.split(batch.packing.lengths) for x in (batch.input_ids[0], batch.at, batch.targets)), strict=True)
     start = 0
     for chunk, n, (input_ids, at, targets) in zip(chunks, batch.answer_lengths, rows, strict=True):
         assert len(at) == n == chunk.answer_length == len(chunk.ids) - 1

@@ -20,10 +20,11 @@ import checkpoint
 import model
 import plan
 import train
+from attention import Packing
 from checkpoint import RunError
 from config import AUTO, Config, Plan
 from data import Example
-from model import Llama, LlamaConfig, Packing
+from model import Llama, LlamaConfig
 from plan import Machine, Pass
 
 ROOT = Path(__file__).resolve().parent.parent
