@@ -25,7 +25,7 @@ LIBRARIES = "torch safetensors.torch tokenizers tqdm scipy.stats rouge_score.rou
 @functools.cache
 def server() -> subprocess.Popen:
     """Ends when its input is closed: with this process."""
-    single, pipe = os.environ | {"OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    single, pipe = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, subprocess.PIPE
     process = subprocess.Popen([sys.executable, __file__], env=single, stdin=pipe, stdout=pipe, text=True)
     atexit.register(process.communicate)
     return process
