@@ -156,7 +156,7 @@ def test_the_scale_of_smollm2_on_a_tiny_model(tmp_path, common, monkeypatch):
         json.loads((common.smollm2_folder(f"forget01-{m}") / "config.json").read_text()) for m in ("target", "retrained")
     ]
     assert [r["data"]["finetune"]["rows"] for r in rows] == [160, 120]
-    item = common.job(scale, "forget01", 0, common.METHODS["DiPO"], {"lr": 1e-3})
+    item = common.job(scale, "forget01", 0, common.METHODS["DiPO"], {"lr": 1e-3}, "--eval-rows 4 --max-new-tokens 4")
     assert str(tmp_path) not in item.line and os.environ["DIPO_DATA"] not in item.line
     record = common.do(item, quiet=True)
     assert record["target"].keys() == record["unlearned"].keys() == record["retrained"].keys()

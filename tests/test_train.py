@@ -900,7 +900,7 @@ def test_muse_refuses_what_it_does_not_know_in_one_line(cli, muse, arguments, to
 def test_the_toy_world_end_to_end_and_its_cache(tmp_path, monkeypatch, short_options, capsys):
     """`python train.py` with everything shortened; the full run is what .ci/run does."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "TOY_FINETUNE", train.TOY_FINETUNE | {"epochs": 0.2, "warmup_epochs": 0.0})
+    monkeypatch.setattr(train, "TOY_FINETUNE", train.TOY_FINETUNE | {"epochs": 0.05, "warmup_epochs": 0.0})
     arguments = ["--epochs", "1", "--forget", "toy_forget10[:8]", *EVAL]
     assert train.main(arguments) == 0
     first = capsys.readouterr().out
