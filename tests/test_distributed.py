@@ -89,6 +89,7 @@ def runs(tmp_path_factory, request):
         jobs[3].append({"argv": f"{asked} --out several.json".split()})
         resumed = [{"argv": ["train", "--resume", "--out", f"several/{name}"]} for name in ("stopped", "full")]
         second = launch(home, 3, [*jobs[3], *resumed])
+        assert len(second.statuses) == len(jobs[3]) + 2, second.stderr[-4000:]
         assert train.main(["--resume", "--out", "several/alone"]) == 0
     found = {name: (home / "plain" / name, home / "several" / name) for name in plain}
     return found | {"alone": (home / "plain/stopped", home / "several/alone")}, first, second, seed
@@ -97,7 +98,7 @@ def runs(tmp_path_factory, request):
 def test_the_number_of_processes_changes_no_loss_and_no_weight(runs):
     found, first, second, seed = runs
     assert {*first.statuses} == {0, 2, 130}, first.stderr[-2000:]
-    assert second.statuses == [0] * 5, second.stderr[-2000:]
+    assert {*second.statuses} == {0}, second.stderr[-2000:]
     for one, several in found.values():
         assert_same_run(one, several)
 
