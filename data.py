@@ -185,7 +185,7 @@ def hub_file(repo: str, name: str, remedy: str) -> Path:
 
 def fingerprint(rows: Sequence) -> str:
     """16 hex digits that change with any text of the rows, documents or JSON values, or with their order."""
-    text = json.dumps([dataclasses.asdict(r) if isinstance(r, Row) else r for r in rows], ensure_ascii=False)
+    text = json.dumps([vars(r) if isinstance(r, Row) else r for r in rows], ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -137,12 +137,12 @@ def toy_with(scale: Scale, vocabulary: int) -> Scale:
 
 
 def smoke_flags(forget: str, seed: int) -> list[str]:
-    short = "--epochs 1 --eval-retain toy_retain_perturbed[:3] --max-new-tokens 3 --eval-every 0 --batch-size 4"
+    short = "--epochs 1 --eval-rows 3 --max-new-tokens 3 --eval-every 0 --batch-size 4"
     return f"--forget toy_{forget}[:4] --retain toy_retain90[:8] --seed {seed} {short}".split()
 
 
 def prepare_smoke(forget: str, seed: int) -> int:
-    train.TOY_FINETUNE = train.TOY_FINETUNE | {"epochs": 0.2, "warmup_epochs": 0.0}  # toy models of their own, by their key
+    train.TOY_FINETUNE = train.TOY_FINETUNE | {"epochs": 0.05, "warmup_epochs": 0.0}  # toy models of their own, by their key
     train.toy_models(make_config({"forget": f"toy_{forget}", "seed": seed}))
     return 0
 

@@ -87,7 +87,7 @@ def toy_flags(request: str, seed: int) -> list[str]:
 
 
 def prepare_smoke(request: str, seed: int) -> int:
-    return prepare_toy(request, seed, 0.2)
+    return prepare_toy(request, seed, 0.05)
 
 
 def smoke_flags(request: str, seed: int) -> list[str]:

@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 2 tests/ranks.py JOBS.json     [{"argv": ["train", "--forget", ...], "fault": "nan"}, ...]
 python tests/ranks.py --faults                           what two processes do when one fails: 3 minutes
 
-Leaves JOBS.status.json, each job's exit status. A fault happens to the second process in the third step of its job.
+Leaves JOBS.status.json, the exit statuses of the jobs that ended. A fault happens to the second process in the third step of
+its job.
 """
 
 import json
@@ -84,13 +85,13 @@ def work(path: Path) -> int:
         for key in ("cause", "told") if distributed.first() else ():
             distributed._ranks.store.delete_key(key)
         distributed.gather(None)
-    if distributed.first():
-        path.with_suffix(".status.json").write_text(json.dumps(statuses))
+        if distributed.first():
+            path.with_suffix(".status.json").write_text(json.dumps(statuses))
     return 0
 
 
 def launch(folder: Path, count: int, jobs: list[dict], timeout: float = 300) -> subprocess.CompletedProcess:
-    """torchrun with so many processes in a folder. The result's `statuses`: of the jobs, [] where they did not all end."""
+    """torchrun with so many processes in a folder. The result's `statuses`: of the jobs that ended."""
     path = folder / f"jobs-{count}.json"
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), __file__, path]

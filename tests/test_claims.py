@@ -2,11 +2,10 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import claims
+import forks
 
 HERE = Path(__file__).parent
 
@@ -37,8 +36,8 @@ def test_a_claim_is_counted_reported_and_written(tmp_path):
     )
     page = tmp_path / "page.md"
     page.write_text(f"before\n{claims.START}\nstale\n{claims.END}\nafter\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", ".", "--claims", "page.md"]
-    done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, capture_output=True, text=True)
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir", ".", "--claims", "page.md", "test_some.py"]
+    done = forks.run(command, cwd=tmp_path)
     assert done.returncode == 1
     rows = [re.split(r"  +", line.strip()) for line in done.stdout.splitlines()]
     assert ["D(p||q) >= 0", "Eq. 1", "test_true", "7", "holds"] in rows
@@ -49,5 +48,5 @@ def test_a_claim_is_counted_reported_and_written(tmp_path):
     assert r"| D(p\|\|q) >= 0 | Eq. 1 | [`test_true`](../tests/test_some.py) | 7 | holds |" in text
     assert "| a false one | ours | [`test_false`](../tests/test_some.py) | 0 | FAILED |" in text
     page.write_text("no markers", encoding="utf-8")
-    done = subprocess.run([*command, "test_some.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = forks.run(command, cwd=tmp_path)
     assert "are missing" in done.stdout + done.stderr and page.read_text(encoding="utf-8") == "no markers"

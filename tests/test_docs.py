@@ -158,9 +158,10 @@ def test_the_recipe_of_a_loss_makes_one_that_trains(tiny, tmp_path):
     (tmp_path / "test_uniform.py").write_text(f"import dipo\nimport torch\n\n\n{test[1]}", encoding="utf-8")
     flags = f"--model {tiny} --forget toy_forget10[:4] --batch-size 4 --epochs 2 --no-eval --device cpu --out run"
     losses = ["--forget-loss", "uniform", "--retain-loss", "none"]
-    for command in (["train.py", *flags.split(), *losses], ["-m", "pytest", "-p", "no:cacheprovider", "test_uniform.py"]):
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    trained, tested = [*flags.split(), *losses], ["-p", "no:cacheprovider", "test_uniform.py"]
+    both = f"import pytest, train, sys; sys.exit(train.main({trained}) or pytest.main({tested}))"  # torch is imported once
+    done = subprocess.run([sys.executable, "-c", both], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     first, second = [json.loads(line) for line in read(tmp_path / "run/log.jsonl").splitlines()]
     assert 0 < second["loss/forget"] < first["loss/forget"] and first["nll/forget"] > 0
 

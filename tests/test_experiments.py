@@ -20,6 +20,9 @@ from hypothesis import strategies as st
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure
+
+import eval as evaluation
 import metrics
 import muse
 import tofu
@@ -53,6 +56,7 @@ def home(tmp_path_factory):
 def common(home, monkeypatch):
     monkeypatch.chdir(home)
     monkeypatch.setattr(train, "TOY_FINETUNE", train.TOY_FINETUNE)  # the smoke scale replaces it
+    monkeypatch.setattr(evaluation, "plot", lambda out: out)  # of each run; drawn in test_train.py
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     import common
 
@@ -79,6 +83,7 @@ def test_every_experiment_runs_once_and_leaves_records_table_and_plot(common, mo
     assert (results / f"{name}.md").read_text().count("|") > 20 and (results / f"{name}.png").stat().st_size > 5000
     monkeypatch.setattr(train, "main", lambda argv: pytest.fail("a run that is there was run again"))
     monkeypatch.setattr(common, "do", lambda *_: pytest.fail("a run that is there was run again"))
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     first = (results / f"{name}.md").read_text()
     assert run(name, monkeypatch) == 0
     assert (results / f"{name}.md").read_text() == first and json.loads((results / f"{name}.json").read_text()) == kept
@@ -151,7 +156,7 @@ def test_the_scale_of_smollm2_on_a_tiny_model(tmp_path, common, monkeypatch):
         json.loads((common.smollm2_folder(f"forget01-{m}") / "config.json").read_text()) for m in ("target", "retrained")
     ]
     assert [r["data"]["finetune"]["rows"] for r in rows] == [160, 120]
-    item = common.job(scale, "forget01", 0, common.METHODS["DiPO"], {"lr": 1e-3})
+    item = common.job(scale, "forget01", 0, common.METHODS["DiPO"], {"lr": 1e-3}, "--eval-rows 4 --max-new-tokens 4")
     assert str(tmp_path) not in item.line and os.environ["DIPO_DATA"] not in item.line
     record = common.do(item, quiet=True)
     assert record["target"].keys() == record["unlearned"].keys() == record["retrained"].keys()

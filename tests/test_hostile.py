@@ -2,10 +2,9 @@
 For the long runs see there."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 pytest.importorskip("scipy")
@@ -21,6 +20,5 @@ def test_hostile_input_and_faults_end_well_or_in_one_line(sample):
     """A process of its own: once autograd has run in one, its children cannot train."""
     script, *size = sample
     seed = str(random.SystemRandom().randrange(2**32))
-    command = [sys.executable, str(Path(__file__).with_name(script)), *size, "--seed", seed]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forks.run([Path(__file__).with_name(script), *size, "--seed", seed])
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"

@@ -1,6 +1,7 @@
 """The Hugging Face hub: a small local server that speaks its protocol, its cache offline, and no hub at all.
 
-huggingface_hub reads its environment when it is imported, so that every check runs in a process of its own.
+huggingface_hub reads its environment when it is imported, so that every check runs in a process of its own, in which nothing
+has imported it.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import forks
 import huggingface_hub
 import pytest
 import torch
@@ -170,21 +172,19 @@ def error(function, *args):
 )
 
 
-def in_process(program: str, home: Path, hub_url: str, **environment: str) -> dict:
-    """Run a program that prints JSON, in a fresh process with this hub and this cache and no other setting."""
+def environment(home: Path, hub_url: str) -> dict[str, str]:
+    """Of a process: this hub, this cache, and no other setting."""
     ours = ("HF_", "HUGGING", "TRANSFORMERS_", "DIPO_")
     clean = {k: v for k, v in os.environ.items() if not k.upper().startswith(ours) and not k.upper().endswith("_PROXY")}
     settings = {"HF_ENDPOINT": hub_url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     settings |= {"HF_HUB_ETAG_TIMEOUT": "60", "HF_HUB_DOWNLOAD_TIMEOUT": "60", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PRELUDE + program],
-        cwd=ROOT,
-        env=clean | settings | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return clean | settings
+
+
+def in_process(program: str, home: Path, hub_url: str, **more: str) -> dict:
+    """Run a program that prints JSON, in a process with this hub and this cache."""
+    run = forks.run(["-c", PRELUDE + program], env=environment(home, hub_url) | more)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
@@ -306,13 +306,10 @@ def test_the_readmes_command_for_llama2_runs_from_download_to_forget_quality(tmp
     server = Hub({TARGET: tmp_path / "target", TOFU: tofu, LOGS: tmp_path / "eval"})
     threading.Thread(target=server.serve_forever, daemon=True).start()
     command = ["--forget", "tofu_forget01", "--model", "llama2-7b", "--batch-size", "2", "--max-new-tokens", "2"]
-    program = f"""
-import contextlib, train
-with contextlib.redirect_stdout(sys.stderr):
-    status = train.main({[*command, "--out", str(tmp_path / "run")]!r})
-print(json.dumps(status))
-"""
-    assert in_process(program, tmp_path / "home", server.url) == 0
+    command = [sys.executable, "train.py", *command, "--out", str(tmp_path / "run")]
+    alone = environment(tmp_path / "home", server.url)
+    run = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr
     server.shutdown()
     server.server_close()
     summary, stored = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("summary", "config"))

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "--forget toy_forget10[:4] --retain toy_retain90[:8] --batch-size 2 --micro-batch-size 2 --lr 1e-2 --epochs 2 "
@@ -175,8 +177,7 @@ def main(some: int | None, seed: int, names: list[str]) -> int:
 def test_a_killed_run_ends_as_an_undisturbed_one():
     """In another process: once torch has gone backward it cannot be forked."""
     seed = random.SystemRandom().randrange(10**6)
-    command = [sys.executable, __file__, "--some", "2", "--seed", str(seed), "--only", "best"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = forks.run([__file__, "--some", "2", "--seed", seed, "--only", "best"])
     assert done.returncode == 0, done.stdout + done.stderr
 
 

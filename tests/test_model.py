@@ -13,6 +13,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import forks
 import huggingface_hub
 import pytest
 import torch
@@ -692,7 +693,7 @@ def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
     folder = save_pretrained(Llama(dataclasses.replace(config, head_dim=128)), tmp_path / "large")
     size = (folder / "model.safetensors").stat().st_size
     assert size > 240e6
-    # A fresh process: the mark never falls, and this one's is higher than what is measured. Not getrusage, whose mark
+    # Another process: the mark never falls, and this one's is higher than what is measured. Not getrusage, whose mark
     # is inherited from the parent.
     program = """if True:
         import re, sys
@@ -707,10 +708,10 @@ def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
         print(high_water() - before)
     """
     try:
-        run = subprocess.run([sys.executable, "-c", program, folder], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = forks.run(["-c", program, folder])
     finally:
         shutil.rmtree(folder)  # pytest would keep 250 MB of it for its next runs
-    assert 0.9 * size < int(run.stdout) < 1.2 * size
+    assert run.returncode == 0 and 0.9 * size < int(run.stdout) < 1.2 * size, run.stderr
 
 
 def test_reading_and_computing_need_torch_and_safetensors_alone(checkpoint):
