@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 import dipo  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from bench.machine import available_memory, matmul_rate  # noqa: E402
+from bench.machine import matmul_rate  # noqa: E402
 from bench.setting import make_examples, make_model, work  # noqa: E402
 from config import Config  # noqa: E402
 from data import Example  # noqa: E402
 from model import Llama, Packing, generate  # noqa: E402
+from plan import free_memory  # noqa: E402
 from reference import CachedReference  # noqa: E402
 
 SECONDS = 550  # of a call, without loading torch; what runs then is ended
@@ -453,7 +454,9 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     b, path = Bench(args.device, args.tiny, args.out.resolve()), args.out / f"gpu-{args.call}.json"
     device = torch.cuda.get_device_name() if b.cuda else "CPU"
-    print(f"{device}, torch {torch.__version__}, {available_memory(args.device) / 1e9:.0f} GB available", flush=True)
+    print(
+        f"{device}, torch {torch.__version__}, {free_memory(torch.device(args.device)) / 1e9:.0f} GB available", flush=True
+    )
     record: dict = {"device": device, "torch": torch.__version__, "tiny": args.tiny, "status": {}, "found": {}}
     for part in CALLS[args.call]:
         name, began = part.__name__, time.perf_counter()
