@@ -136,7 +136,9 @@ def launch(main: Callable[[], int]) -> int:
     """A script's exit status, as one of torchrun's processes where torchrun has started it."""
     try:
         with joined():
-            return main()
+            if not (status := main()):
+                gather()  # one that is stopped at its end would be waited for
+            return status
     except RankError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -128,7 +128,7 @@ def test_not_a_number_on_one_process_stops_all_with_one_line(runs):
 
 def test_a_process_that_is_killed_ends_the_run_with_one_line(tmp_path):
     argv = [*SMALL, "--model", str(tiny(tmp_path)), "--batch-size", "2", "--no-eval", "--out", "a"]
-    done = launch(tmp_path, 2, [{"argv": argv, "fault": "kill"}])
+    done = launch(tmp_path, 2, [{"argv": argv, "fault": "kill", "last": True}])
     assert done.returncode and len(told(done)) == 1 and "another process of this run has ended" in told(done)[0]
 
 
