@@ -1,5 +1,6 @@
 """Several processes under torchrun are the run of one: its losses, weights, scores, checkpoints, however many they are."""
 
+import contextlib
 import json
 import math
 import os
@@ -236,3 +237,15 @@ def test_a_manifest_without_files_is_damaged(tmp_path):
     (tmp_path / "3/manifest.json").write_text(json.dumps({"step": 3, "settings": "", "files": {}, "records": {}}))
     with pytest.raises(checkpoint.RunError, match="does not name the files"):
         checkpoint.verified(tmp_path / "3")
+
+
+def test_a_process_that_is_stopped_at_its_very_end_is_not_waited_for(monkeypatch, capsys):
+    store = torch.distributed.HashStore()
+    one = distributed.Ranks(store, 0, 2, 0)
+    store.set("alive/1", "12.5")
+    monkeypatch.setattr(distributed, "PATIENCE", 1)
+    monkeypatch.setattr(distributed, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(distributed, "_ranks", one)
+    assert distributed.launch(lambda: 130) == 130  # one that fails waits for nobody
+    assert distributed.launch(lambda: 0) == 2 and "process 1 has shown no sign of life" in capsys.readouterr().err
+    one.ended.set()
