@@ -6,6 +6,8 @@ import math
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,16 @@ def test_a_process_that_is_stopped_at_its_very_end_is_not_waited_for(monkeypatch
     assert distributed.launch(lambda: 130) == 130  # one that fails waits for nobody
     assert distributed.launch(lambda: 0) == 2 and "process 1 has shown no sign of life" in capsys.readouterr().err
     one.ended.set()
+
+
+def test_sigterm_ends_every_script_as_ctrl_c_does():
+    def main() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            return 130
+        return 1
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert distributed.launch(main) == 130 and signal.getsignal(signal.SIGTERM) == before
