@@ -453,7 +453,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("error: torch sees no GPU here; rehearse with --device cpu --tiny")
     args.out.mkdir(parents=True, exist_ok=True)
     b, path = Bench(args.device, args.tiny, args.out.resolve()), args.out / f"gpu-{args.call}.json"
-    device = torch.cuda.get_device_name() if b.cuda else "CPU"
+    device = (torch.cuda.get_device_name() if b.cuda else "CPU") + " (a tiny shape, no measurement)" * args.tiny
     print(
         f"{device}, torch {torch.__version__}, {free_memory(torch.device(args.device)) / 1e9:.0f} GB available", flush=True
     )
