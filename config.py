@@ -209,15 +209,21 @@ def parse_args(argv: list[str], description: str | None = None) -> tuple[dict, s
     how = {"dest": "resume", "action": "store_const", "default": ""}
     parser.add_argument("--resume", const="resume", help="go on with the interrupted run in --out", **how)
     parser.add_argument("--resume-anyway", const="anyway", help="the same, though its model or data has changed", **how)
-    text = "print what these settings need, and stop; of sequences of so many tokens, so many of them answer [{},{}]"
-    text = text.format(*TOFU_LENGTHS)
-    parser.add_argument("--plan", nargs="?", const=TOFU_LENGTHS, type=lengths, metavar="TOKENS,ANSWER", help=text)
+    text = "print what these settings need, and stop; of sequences of so many tokens, so many of them answer"
+    text += " [{},{}; of MUSE --max-length]".format(*TOFU_LENGTHS)
+    parser.add_argument("--plan", nargs="?", const=(), type=lengths, metavar="TOKENS,ANSWER", help=text)
     parser.add_argument("--world-size", type=int, default=1, help="with --plan: on so many ranks")
     given = vars(parser.parse_args(argv))
     resume, plan, world_size = (given.pop(name) for name in ("resume", "plan", "world_size"))
-    if not 1 <= world_size <= 2**20 or (world_size > 1 and not plan):
+    if not 1 <= world_size <= 2**20 or (world_size > 1 and plan is None):
         parser.error("--world-size: is --plan's, 1 rank or more; what starts them is torchrun --nproc-per-node")
-    return given, Plan(world_size, *plan) if plan else resume
+    if plan is None:
+        return given, resume
+    if str(given.get("finetune") or given.get("forget") or given.get("model")).startswith("muse"):
+        plan = plan or (given.get("max_length", Config.max_length),) * 2  # every token is answer
+    if given.get("device") != "cpu":  # what is planned is a GPU's
+        given.setdefault("micro_batch_size", AUTO)
+    return given, Plan(world_size, *(plan or TOFU_LENGTHS))
 
 
 def make_config(given: dict) -> Config:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -132,14 +133,34 @@ def joined() -> Iterator[None]:
                 dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    old = None
+    with contextlib.suppress(ValueError):
+        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if old is not None:
+            signal.signal(signal.SIGTERM, old)
+
+
 def launch(main: Callable[[], int]) -> int:
     """A script's exit status, as one of torchrun's processes where torchrun has started it."""
     try:
         with joined():
-            return main()
-    except RankError as e:
+            try:
+                with terminable():
+                    status = main()
+                if status == 0:
+                    gather()  # one that is stopped at its end would be waited for
+                return status
+            except RankError as e:
+                tell(f"error: {e}")
+    except RankError as e:  # there is nobody to tell it once for all
         print(f"error: {e}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def launcher() -> str:

@@ -1,26 +1,33 @@
 """What a training step takes: bytes of one rank, counted from config.json and the flags alone, and what fits on which card.
 
 python train.py --plan --model llama2-7b --world-size 8     one model: where the bytes go, and the largest micro-batches
-python plan.py                                              the table of docs/running.md
 """
 
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from checkpoint import RunError
-from config import AUTO, TOFU_LENGTHS, Config, Plan
+from config import AUTO, Config, Plan
 from dipo import LOSSES
 from eval import resolve_model
 from inference import free_on_gpu
 from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
+CGROUPS = (  # v2, v1
+    ("sys/fs/cgroup/", "memory.max", "memory.current"),
+    ("sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 SPARE = 0.9  # of the memory that is free: what a micro-batch chosen here may take
+FLAGS = {"c": "--gradient-checkpointing", "8": "--optimizer adamw8bit", "o": "--cpu-offload"}
+WAYS = "", "c", "8", "8c", "oc", "o"  # the table tells the first that fits
 LLAMA3 = LlamaConfig(vocab_size=128256, num_key_value_heads=8)
 TIED = dataclasses.replace(LLAMA3, tie_word_embeddings=True)
 SHAPES = {  # known without their config.json
@@ -83,9 +90,10 @@ def moments(config: Config, shape: tuple[int, ...]) -> int:
 
 
 def ways(config: Config, machine: Machine) -> tuple[int, bool]:
-    """(bytes of an activation, whether it is compiled), as train.py has it where nothing is said."""
+    """(bytes of an activation, whether it is compiled). Where no flag says, `train.worth_compiling` does, by the length of
+    the run; until that is known eager is counted, which takes more."""
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and machine.card > 0)
-    return 2 if half else 4, machine.card > 0 if config.compile is None else config.compile
+    return 2 if half else 4, bool(config.compile)
 
 
 def kept_of_block(c: LlamaConfig, size: int, wide: int, compiled: bool) -> int:
@@ -153,15 +161,22 @@ def largest(c: LlamaConfig, config: Config, groups: Sequence[tuple[int, int]], f
 # ------------------------------------------------------------------------------------------------ --micro-batch-size auto
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process could have more of. Raises RunError where the system does not tell."""
+def free_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that a process could have more of: of the GPU, or of the machine and, where it has a limit, of the container.
+    Raises RunError where the system does not tell."""
     if device.type == "cuda":
         return free_on_gpu(device)
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        raise RunError("--micro-batch-size auto: this system does not tell what is free; pass a number") from None
+
+    def number(path: str, name: str = "") -> int:
+        found = re.search(rf"^{name}\D*(\d+)", file.read_text(), re.M) if (file := root / path).is_file() else None
+        return int(found[1]) if found else 0
+
+    if not (left := 1024 * number("proc/meminfo", "MemAvailable")):
+        raise RunError("--micro-batch-size auto: this system does not tell what is free; pass a number")
+    for group, limit, used in CGROUPS:
+        if most := number(group + limit):  # what is read from files counts as used, and is given up
+            left = min(left, most - number(group + used) + number(f"{group}memory.stat", "(?:total_)?inactive_file"))
+    return max(0, left)
 
 
 def groups_of(config: Config, examples: dict[str, list]) -> list[tuple[int, int]]:
@@ -210,12 +225,23 @@ def groups_asked(config: Config, asked: Plan) -> list[tuple[int, int]]:
     return [(asked.tokens * max(sizes), asked.answers * max(sizes))] * -(-len(sizes) * config.batch_size // asked.world_size)
 
 
+def fitting(c: LlamaConfig, config: Config, groups: Sequence[tuple[int, int]], way: str, card: int, world: int) -> int:
+    """`largest` on so many cards of so many GB, with the flags of one of WAYS."""
+    optimizer, machine = "adamw8bit" if "8" in way else "adamw", Machine(1e9 * card, world, "o" in way)
+    changed = dataclasses.replace(config, gradient_checkpointing="c" in way, optimizer=optimizer)
+    return largest(c, changed, groups, machine.card, machine)
+
+
 def report(config: Config, asked: Plan) -> str:
     """What a run with these settings needs, as lines of text: a rank's device, what lies elsewhere, and what fits."""
     c, groups = shape_of(config), groups_asked(config, asked)
-    machine = Machine(0 if config.device == "cpu" else 1e9 * CARDS[1], asked.world_size, config.cpu_offload)
+    on = [Machine(1e9 * x, asked.world_size, config.cpu_offload) for x in ((0,) if config.device == "cpu" else CARDS)]
+    micro, machine, chosen = min(config.micro_batch_size, len(groups)), on[len(on) // 2], ""
+    if micro == AUTO:  # on the smallest card that holds the run
+        sizes = [largest(c, config, groups, m.card or SPARE * free_memory(torch.device("cpu")), m) for m in on]
+        machine, micro = next(((m, n) for m, n in zip(on, sizes, strict=True) if n), (on[-1], 1))
+        chosen = f" (auto, on {f'a card of {machine.card / 1e9:g} GB' if machine.card else 'this machine'})"
     size, compiled = ways(config, machine)
-    micro = min(config.micro_batch_size or 8, len(groups))
     tokens, answers = groups[0]
     how = f"{'bfloat16' if size == 2 else 'float32'}, {'compiled' if compiled else 'eager'}, {config.optimizer}"
     losses = " + ".join(name for name, _ in config.parts.values())
@@ -236,45 +262,15 @@ def report(config: Config, asked: Plan) -> str:
 
     lines = [
         f"{config.model}: {every:,} parameters; {how}; {losses}",
-        f"ranks: {asked.world_size}; sequences of a rank's step: {len(groups)}, {micro} in a pass; "
+        f"ranks: {asked.world_size}; sequences of a rank's step: {len(groups)}, {micro} in a pass{chosen}; "
         f"tokens of a sequence: {asked.tokens}, {asked.answers} of them answer",
     ]
     lines += table("a rank's device, at its fullest", needs | {"together": sum(needs.values())})
     lines += table("elsewhere", elsewhere)
     if machine.card:
-        lines.append("\nlargest --micro-batch-size on a card of" + "".join(f"{f'{card} GB':>10}" for card in CARDS))
-        for checkpointing, offload in itertools.product((False, True), repeat=2):
-            flags = ["--gradient-checkpointing"] * checkpointing + ["--cpu-offload"] * offload
-            changed = dataclasses.replace(config, gradient_checkpointing=checkpointing)
-            found = [largest(c, changed, groups, 1e9 * x, Machine(1e9 * x, asked.world_size, offload)) for x in CARDS]
-            lines.append(f"  {' '.join(flags) or '(neither)':<37}" + "".join(f"{x or '-':>10}" for x in found))
+        lines.append(f"\n{'largest --micro-batch-size on a card of':<56}" + "".join(f"{f'{x} GB':>10}" for x in CARDS))
+        for way in WAYS:
+            found = [fitting(c, config, groups, way, x, asked.world_size) for x in CARDS]
+            flags = " ".join(FLAGS[mark] for mark in way)
+            lines.append(f"  {flags or '(none of these)':<54}" + "".join(f"{x or '-':>10}" for x in found))
     return "\n".join(lines)
-
-
-WAYS = {  # {what is written behind the number: settings}, the first that fits is told
-    "": (False, "adamw", False), "c": (True, "adamw", False), "8": (False, "adamw8bit", False),
-    "8c": (True, "adamw8bit", False), "oc": (True, "adamw", True),
-}  # fmt: skip
-
-
-def what_fits() -> str:
-    """Markdown: the largest micro-batch of the paper's setting on so many cards of each size, and what it takes."""
-    names = "llama3.2-1b", "llama2-7b", "llama3.1-8b", "llama2-13b", "llama2-70b"
-    lines = ["| model | cards | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "| --- " * (2 + len(CARDS)) + "|"]
-    for name, world in itertools.product(names, (1, 2, 8, 64)):
-        cells = []
-        for card in CARDS:
-            for mark, (checkpointing, optimizer, offload) in WAYS.items():
-                config = Config(model=name, gradient_checkpointing=checkpointing, optimizer=optimizer)
-                groups = groups_asked(config, Plan(world, *TOFU_LENGTHS))
-                if size := largest(SHAPES[name], config, groups, 1e9 * card, Machine(1e9 * card, world, offload)):
-                    cells.append(f"{size} {mark}".strip())
-                    break
-            else:
-                cells.append("-")
-        lines.append(f"| {name} | {world} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(what_fits())

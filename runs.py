@@ -270,16 +270,3 @@ class Interrupt:
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
-    old = None
-    with contextlib.suppress(ValueError):
-        old = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        if old is not None:
-            signal.signal(signal.SIGTERM, old)

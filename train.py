@@ -294,7 +294,7 @@ def train(model: Llama, config: Config, examples: dict[str, list], out: Path, on
                         model, reference, config.objective, parts, config.micro_batch_size, position_terms
                     )
                 except (RunError, dipo.SwappedRolesError) as e:
-                    kept = f"; the state before this step is in {out / 'checkpoint'}" if step else ""
+                    kept = f"; the state before this step, if whole, is in {out / 'checkpoint'}" if step else ""
                     raise type(e)(f"step {step + 1} of {steps}: {e}{kept}") from None
                 if config.max_grad_norm:
                     norm = torch.tensor(metrics["grad_norm"])
@@ -555,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
         if resume and out is None:
             raise RunError("--resume: name the run folder with --out")
         new, directory = None if resume else make_config(given), Path.cwd()
-        with runs.terminable(), opened(out, new, resume) as out:
+        with distributed.terminable(), opened(out, new, resume) as out:
             config, directory = (new, directory) if new else runs.read_config(out, given)
             out = out if directory == Path.cwd() else out.absolute()
             with runs.working_in(directory), enough_memory("take a smaller model, or another --device"):

@@ -35,12 +35,14 @@ import dipo  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from attention import Packing  # noqa: E402
-from bench.machine import available_memory, matmul_rate  # noqa: E402
+from bench.machine import matmul_rate  # noqa: E402
 from bench.setting import make_examples, make_model, work  # noqa: E402
 from config import Config  # noqa: E402
 from data import Example  # noqa: E402
 from model import Llama, generate  # noqa: E402
+from plan import free_memory  # noqa: E402
 from reference import CachedReference  # noqa: E402
+from runs import working_in  # noqa: E402
 
 SECONDS = 550  # of a call, without loading torch; what runs then is ended
 PEAK = 989e12  # FLOP/s of an H100 or H200 in bfloat16 without sparsity, by its data sheet
@@ -323,8 +325,14 @@ def whole_toy(b: Bench) -> dict:
     flags = ["--epochs", "0.2", "--eval-rows", "2"] if b.tiny else []
     if not has_extra():
         flags.append("--no-eval")
-    said = b.run("train.py", "--device", b.device, "--out", str(folder), *flags)
-    print(said[-3000:], flush=True)
+    flags = ["--device", b.device, "--out", str(folder), *flags]
+    if b.tiny:  # in this process, with models that have learned next to nothing
+        train.TOY_FINETUNE |= {"epochs": 1.0}
+        with working_in(b.out):
+            if status := train.main(flags):
+                raise RuntimeError(f"exit status {status}")
+    else:
+        print(b.run("train.py", *flags)[-3000:], flush=True)
     summary = json.loads((folder / "summary.json").read_text())
     return {"seconds": time.perf_counter() - began, "evaluated": "--no-eval" not in flags, "summary": summary}
 
@@ -453,8 +461,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("error: torch sees no GPU here; rehearse with --device cpu --tiny")
     args.out.mkdir(parents=True, exist_ok=True)
     b, path = Bench(args.device, args.tiny, args.out.resolve()), args.out / f"gpu-{args.call}.json"
-    device = torch.cuda.get_device_name() if b.cuda else "CPU"
-    print(f"{device}, torch {torch.__version__}, {available_memory(args.device) / 1e9:.0f} GB available", flush=True)
+    device = (torch.cuda.get_device_name() if b.cuda else "CPU") + " (a tiny shape, no measurement)" * args.tiny
+    print(
+        f"{device}, torch {torch.__version__}, {free_memory(torch.device(args.device)) / 1e9:.0f} GB available", flush=True
+    )
     record: dict = {"device": device, "torch": torch.__version__, "tiny": args.tiny, "status": {}, "found": {}}
     for part in CALLS[args.call]:
         name, began = part.__name__, time.perf_counter()

@@ -1,12 +1,8 @@
-"""What the machine can do and hold: the dtype that its matrix products are fast in, their rate, the memory that is left."""
+"""What the machine can do: the dtype that its matrix products are fast in, and their rate."""
 
-import re
 import time
-from pathlib import Path
 
 import torch
-
-CGROUPS = ("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
 
 
 def matmul_rate(dtype: torch.dtype, device: str, sizes: tuple[tuple[int, int, int], ...], repeats: int = 10) -> float:
@@ -36,20 +32,3 @@ def pick_dtype(name: str, device: str) -> tuple[str, str]:
         single = max(single, matmul_rate(torch.float32, device, ((512, 512, 512),), 2))
     rates = f"products: bfloat16 {half / 1e12:.2f}, float32 {single / 1e12:.2f} TFLOP/s"
     return ("float32" if half < single else "bfloat16"), rates
-
-
-def available_memory(device: str, root: Path = Path("/")) -> int:
-    """Bytes that a program may still take: of the GPU, or of the machine and, where it has a limit, of the container."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-
-    def number(file: Path, name: str = "") -> int:
-        found = re.search(rf"^{name}\D*(\d+)", file.read_text(), re.M) if file.exists() else None
-        return int(found[1]) if found else 2**62
-
-    left = number(root / "proc/meminfo", "MemAvailable") * 1024
-    for limit, used in ((root / "sys/fs/cgroup" / a, root / "sys/fs/cgroup" / b) for a, b in CGROUPS):
-        if number(limit) < 2**60:  # what is read from files counts as used, and is given up
-            cached = number(limit.with_name("memory.stat"), "(?:total_)?inactive_file")
-            left = min(left, number(limit) - number(used) + (cached if cached < 2**60 else 0))
-    return left

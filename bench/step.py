@@ -36,10 +36,11 @@ import data  # noqa: E402
 import dipo  # noqa: E402
 import reference  # noqa: E402
 import train  # noqa: E402
-from bench.machine import available_memory, matmul_rate, pick_dtype  # noqa: E402
+from bench.machine import matmul_rate, pick_dtype  # noqa: E402
 from bench.setting import SHAPES, config_of, make_examples, make_model, on_meta, predicted_memory, work  # noqa: E402
 from config import Config  # noqa: E402
 from files import UserError  # noqa: E402
+from plan import free_memory  # noqa: E402
 
 WITHOUT = {
     "1 cached reference": "ours-recompute",
@@ -327,7 +328,7 @@ def fitting(variants: list[str], args, **changed) -> list[list[str]]:
     each needs and leaves out, by name, what does not fit at all."""
     args = argparse.Namespace(**(vars(args) | changed))
     config = config_of(args)
-    examples, left, needed = make_examples(args, config.vocab_size), available_memory(args.device), {}
+    examples, left, needed = make_examples(args, config.vocab_size), free_memory(torch.device(args.device)), {}
     for v in variants:
         state, above = predicted_memory(v, args, config, examples)
         needed[v] = state + above + (0 if args.device.startswith("cuda") else PROCESS)

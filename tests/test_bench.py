@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_left_out_by_name_before_it_starts(step, monkeypatc
         (needs["ours"] + needs["finetune"] + 1, [["ours", "finetune"]]),
         (1e6, []),
     ):
-        monkeypatch.setattr(step, "available_memory", lambda device, left=left: left)
+        monkeypatch.setattr(step, "free_memory", lambda device, left=left: left)
         started.clear()
         found = step.measure(variants, args, 1)
         assert started == expected and [*found] == [v for some in expected for v in some]
@@ -135,21 +135,6 @@ def test_what_does_not_fit_is_left_out_by_name_before_it_starts(step, monkeypatc
         assert f"{step.NAMES['field']}: needs {needs['field'] / 1e9:.1f} GB" in said
         assert ("one after the other" in said) == (len(expected) == 3)
         assert (f"LEFT OUT, {left / 1e9:.1f} are available" in said) == ("field" not in found)
-
-
-def test_available_memory_is_the_machines_or_the_containers(tmp_path):
-    from bench.machine import available_memory
-
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
-    assert available_memory("cpu", tmp_path) == 5000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.current").write_text("3000000\n")
-    (group / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
-    for limit, expected in (("max", 5000 * 1024), ("4000000", 1500000), ("99000000", 5000 * 1024)):
-        (group / "memory.max").write_text(limit + "\n")
-        assert available_memory("cpu", tmp_path) == expected
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Several processes under torchrun are the run of one: its losses, weights, scores, checkpoints, however many they are."""
 
+import contextlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +78,7 @@ def runs(tmp_path_factory, request):
     plain["evaluated"] = evaluated
     long = [*SMALL, "--model", str(models[False]), "--batch-size", "2", "--epochs", "2", "--no-eval"]
     for name, fault in (("stopped", "terminate"), ("nan", "nan"), ("full", "memory of all"), ("killed", "kill")):
-        jobs[2].append({"argv": [*long, "--out", f"several/{name}"], "fault": fault})
+        jobs[2].append({"argv": [*long, "--out", f"several/{name}"], "fault": fault, "last": fault == "kill"})
     plain["stopped"] = plain["full"] = long
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -237,3 +240,28 @@ def test_a_manifest_without_files_is_damaged(tmp_path):
     (tmp_path / "3/manifest.json").write_text(json.dumps({"step": 3, "settings": "", "files": {}, "records": {}}))
     with pytest.raises(checkpoint.RunError, match="does not name the files"):
         checkpoint.verified(tmp_path / "3")
+
+
+def test_a_process_that_is_stopped_at_its_very_end_is_not_waited_for(monkeypatch, capfd):
+    store = torch.distributed.HashStore()
+    one = distributed.Ranks(store, 0, 2, 0)
+    store.set("alive/1", "12.5")
+    monkeypatch.setattr(distributed, "PATIENCE", 1)
+    monkeypatch.setattr(distributed, "joined", contextlib.nullcontext)
+    monkeypatch.setattr(distributed, "_ranks", one)
+    assert distributed.launch(lambda: 130) == 130  # one that fails waits for nobody
+    assert distributed.launch(lambda: 0) == 2 and "process 1 has shown no sign of life" in capfd.readouterr().err
+    one.ended.set()
+
+
+def test_sigterm_ends_every_script_as_ctrl_c_does():
+    def main() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            return 130
+        return 1
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert distributed.launch(main) == 130 and signal.getsignal(signal.SIGTERM) == before

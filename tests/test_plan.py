@@ -21,6 +21,7 @@ import model
 import plan
 import train
 from attention import Packing
+from bench import fits
 from checkpoint import RunError
 from config import AUTO, Config, Plan
 from data import Example
@@ -170,7 +171,7 @@ def test_a_plan_loads_and_writes_nothing(tmp_path, monkeypatch, capsys):
     own = capsys.readouterr().out
     assert train.main(["--plan", "--model", "llama3.2-1b", "--world-size", "2"]) == 0
     assert capsys.readouterr().out.replace("llama3.2-1b", "m") == own and os.listdir() == ["m"]
-    assert "1,235,814,400 parameters" in own and own.count("--gradient-checkpointing") == 2
+    assert "1,235,814,400 parameters" in own and own.count("--gradient-checkpointing") == 3
     assert train.main(["--plan", "--model", "toy"]) == 2
     assert capsys.readouterr().err.startswith("error: --plan: the toy's models are made by its first run")
 
@@ -185,6 +186,13 @@ def test_a_plan_of_nothing_is_refused(words, capsys):
 def test_a_plans_lengths_are_tofus_or_those_that_are_named():
     assert train.parse_args(["--plan"])[1] == Plan(1, 85, 37)
     assert train.parse_args(["--plan", "2048,1024", "--world-size", "8"])[1] == Plan(8, 2048, 1024)
+    for words, n in (
+        ("--model muse-news", 2048),
+        ("--forget muse_books --model m", 2048),
+        ("--model muse-books --max-length 512", 512),
+    ):
+        assert train.parse_args(["--plan", *words.split()])[1] == Plan(1, n, n)
+    assert train.parse_args("--plan --model muse-news --finetune tofu_full".split())[1] == Plan(1, 85, 37)
     many, few = (plan.report(Config(model="llama2-7b"), Plan(1, n, 37)) for n in (2048, 85))
     assert "2048" in many and many != few
 
@@ -199,8 +207,33 @@ def test_what_is_told_adds_up(config, world, offload):
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.001 * len(sizes))
 
 
+def test_a_plan_without_a_micro_batch_has_that_of_auto_on_the_smallest_card_that_holds_it(capsys):
+    table = {}
+    for words in (
+        "--model llama3.2-1b",
+        "--model llama2-7b --world-size 2",
+        "--model llama2-70b",
+        "--model muse-news --gradient-checkpointing",
+    ):
+        assert train.main(["--plan", *words.split()]) == 0
+        head, *lines = (said := capsys.readouterr().out)[said.index("ranks") :].splitlines()
+        flags = "--gradient-checkpointing" if "checkpointing" in words else "(none of these)"
+        table[words] = next(line.split()[-3:] for line in lines if line.strip().startswith(flags))
+        fits = [(card, n) for card, n in zip(plan.CARDS, table[words], strict=True) if n != "-"]
+        card, size = (*fits, (plan.CARDS[-1], "1"))[0]
+        assert f", {size} in a pass (auto, on a card of {card} GB)" in head
+        together = float(next(line.split()[-1] for line in lines if "together" in line))
+        assert (together <= card) == bool(fits)
+    assert table["--model llama2-70b"] == ["-"] * 3
+    assert train.main("--plan --model llama2-7b --micro-batch-size 4".split()) == 0
+    assert ", 4 in a pass; " in capsys.readouterr().out
+    assert train.parse_args(["--plan", "--device", "cpu"])[0] == {"device": "cpu"}  # where auto is not the default
+    assert train.main("--plan --model llama3.2-1b --device cpu --micro-batch-size auto".split()) == 0
+    assert " in a pass (auto, on this machine); " in capsys.readouterr().out
+
+
 def test_the_table_of_what_fits_is_the_plans():
-    assert plan.what_fits() in (ROOT / "docs/running.md").read_text(encoding="utf-8")
+    assert fits.table() in (ROOT / "docs/running.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------ --micro-batch-size auto
@@ -258,14 +291,32 @@ def test_auto_is_the_default_on_gpus_alone(monkeypatch):
             assert train.make_config(given_ | {"micro_batch_size": 3}).micro_batch_size == 3
 
 
-def test_free_memory_is_the_devices(monkeypatch):
+def test_free_memory_is_the_devices(tmp_path, monkeypatch):
     assert 2**24 < plan.free_memory(torch.device("cpu")) < 2**50
     known = {"memory_reserved": 50, "memory_allocated": 30, "mem_get_info": (100, 1000)}
     for name, value in known.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert plan.free_memory(torch.device("cuda")) == 120
-    monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(OSError()))
-    assert "pass a number" in error_of(plan.free_memory, torch.device("cpu"), kind=RunError)
+    assert "pass a number" in error_of(plan.free_memory, torch.device("cpu"), tmp_path, kind=RunError)
+
+
+@pytest.mark.parametrize("names", plan.CGROUPS, ids=["v2", "v1"])
+def test_free_memory_is_the_machines_or_the_containers(tmp_path, names):
+    def left() -> int:
+        return plan.free_memory(torch.device("cpu"), tmp_path)
+
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    assert left() == 5000 * 1024
+    most, used = (tmp_path / names[0] / name for name in names[1:])
+    most.parent.mkdir(parents=True)
+    used.write_text("3000000\n")
+    most.with_name("memory.stat").write_text("anon 1\ninactive_file 500000\n")
+    unlimited = 5000 * 1024
+    cases = ("max", unlimited), ("9223372036854771712", unlimited), ("4000000", 1500000), ("9000000", unlimited), ("9", 0)
+    for limit, expected in cases:
+        most.write_text(limit + "\n")
+        assert left() == expected
 
 
 @pytest.mark.parametrize("memory, logits", [(24e9, 2**25), (80e9, 2**28), (0, 2**25)])
