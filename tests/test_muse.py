@@ -273,7 +273,7 @@ def test_every_token_behind_bos_is_predicted_from_those_before_it(words, texts, 
         chunks = muse.muse_chunks(texts, words[0], "news", length, chunking)
     except DataError:
         return
-    batch = data.pack(chunks)
+    batch = data.pack(chunks, share=False)
     assert batch.packing.lengths == batch.answer_lengths
     rows = zip(*(x.split(batch.packing.lengths) for x in (batch.input_ids[0], batch.at, batch.targets)), strict=True)
     start = 0
