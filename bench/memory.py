@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import plan  # noqa: E402
 import train  # noqa: E402
 from config import Config  # noqa: E402
+from data import pack  # noqa: E402
 from eval import open_source  # noqa: E402
 from model import Llama, LlamaConfig, load_pretrained  # noqa: E402
 
@@ -51,7 +52,8 @@ def predicted(shape: LlamaConfig, config: Config, examples: dict[str, list]) -> 
         for i in range(0, len(groups), config.micro_batch_size):
             some = [(role, e) for role, group in groups[i : i + config.micro_batch_size] for e in group]
             answers = [sum(e.answer_length for of, e in some if of == role) for role in parts]
-            work = plan.Pass(sum(len(e.ids) - 1 for _, e in some), sum(answers), max(answers), i == 0)
+            tokens = pack([e for _, e in some]).input_ids.numel()  # what they begin with alike once
+            work = plan.Pass(tokens, sum(answers), max(answers), i == 0)
             most = max(most, sum(plan.step(shape, config, work, machine).values()))
     return most
 

@@ -211,7 +211,7 @@ def measure(args, model: Llama, tokenizer: Tokenizer, folder: Path) -> dict:
         found = in_turns(sides, args.turns)
         counted = work(model.config, examples)
         head = 2 * model.lm_head.weight.numel() * sum(e.answer_length for e in examples["forget"])  # the reference's
-        record["step"] = summary(found, counted["finetuning"] - counted["saved"] + head, rate)
+        record["step"] = summary(found, counted["finetuning"] + head, rate)
         table.append(row(f"step of NPO+GD, {args.batch} + {args.batch}", record["step"]))
         record["losses"] = [[loss for _, loss in turns] for turns in found.values()]
         differences += [abs(a / b - 1) for a, b in zip(*record["losses"], strict=True)]

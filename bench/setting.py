@@ -71,21 +71,18 @@ def make_examples(args, vocabulary: int) -> dict[str, list[data.Example]]:
 
 
 def work(config: LlamaConfig, examples: dict[str, list[data.Example]]) -> dict:
-    """Tokens and floating-point operations of one step: what has to be computed, however it is computed. 'saved': of the
-    operations where what sequences begin with alike is computed once."""
+    """Tokens and floating-point operations of one step: what has to be computed, however it is computed; what sequences
+    begin with alike, once."""
     c, every = config, [e for x in examples.values() for e in x]
     lengths, answers = [len(e.ids) - 1 for e in every], sum(e.answer_length for e in every)
     attention = 2 * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
     block = attention + 3 * c.hidden_size * c.intermediate_size
-    blocks = 6 * c.num_hidden_layers * block * sum(lengths)
+    blocks = 6 * c.num_hidden_layers * block * data.pack(every).input_ids.numel()
     # causal: half of T x T, scores and values, forward and twice backward
     blocks += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * sum(t * t for t in lengths)
     head = 2 * c.vocab_size * c.hidden_size * answers
-    saved = sum(lengths) - data.pack(every).input_ids.numel()
-    return {
-        "tokens": sum(lengths), "answer_tokens": answers, "finetuning": blocks + 3 * head, "dipo": blocks + 4 * head,
-        "saved": 6 * c.num_hidden_layers * block * saved,
-    }  # fmt: skip
+    finetuning = blocks + 3 * head
+    return {"tokens": sum(lengths), "answer_tokens": answers, "finetuning": finetuning, "dipo": finetuning + head}
 
 
 def predicted_memory(
