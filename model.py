@@ -273,7 +273,8 @@ class Llama(nn.Module):
                 x = block(x, cos, sin, cache, packing)
         if cache is not None and packing is None:
             cache.length += 1
-        return self.model.norm(x if at is None else x.flatten(0, 1)[at])
+        # Examples that begin alike read the same position: indexing would add up their gradients in any order.
+        return self.model.norm(x if at is None else F.embedding(at, x.flatten(0, 1)))
 
     def frozen_copy(self, norms: bool = False) -> "Llama":
         """A copy for inference: no gradients, matrices in the compute dtype. It computes bit for bit what self does, or with

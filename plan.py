@@ -3,6 +3,7 @@
 python train.py --plan --model llama2-7b --world-size 8     one model: where the bytes go, and the largest micro-batches
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -22,8 +23,8 @@ from model import LlamaConfig, chunk_positions, device_memory, read_config, reso
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
 CGROUPS = (  # v2, v1
-    ("sys/fs/cgroup/", "memory.max", "memory.current"),
-    ("sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("sys/fs/cgroup/", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 SPARE = 0.9  # of the memory that is free: what a micro-batch chosen here may take
 FLAGS = {"c": "--gradient-checkpointing", "8": "--optimizer adamw8bit", "o": "--cpu-offload"}
@@ -168,14 +169,16 @@ def free_memory(device: torch.device, root: Path = Path("/")) -> int:
         return free_on_gpu(device)
 
     def number(path: str, name: str = "") -> int:
-        found = re.search(rf"^{name}\D*(\d+)", file.read_text(), re.M) if (file := root / path).is_file() else None
+        found = None
+        with contextlib.suppress(OSError):
+            found = re.search(rf"^{name}\D*(\d+)", (root / path).read_text(), re.M)
         return int(found[1]) if found else 0
 
     if not (left := 1024 * number("proc/meminfo", "MemAvailable")):
         raise RunError("--micro-batch-size auto: this system does not tell what is free; pass a number")
-    for group, limit, used in CGROUPS:
+    for group, limit, used, inactive in CGROUPS:
         if most := number(group + limit):  # what is read from files counts as used, and is given up
-            left = min(left, most - number(group + used) + number(f"{group}memory.stat", "(?:total_)?inactive_file"))
+            left = min(left, most - number(group + used) + number(f"{group}memory.stat", inactive))
     return max(0, left)
 
 

@@ -260,6 +260,23 @@ def test_gradient_checkpointing_changes_no_logit_and_no_gradient(name, rows, is_
         assert torch.equal(a, b)
 
 
+def test_the_gradient_of_positions_that_several_read_is_the_same_each_time():
+    """With two threads, which indexing has add up in any order."""
+    model, made = Llama(TINY).init_weights(0), torch.Generator().manual_seed(0)
+    ids, at = torch.ones(1, 500, dtype=torch.int64), torch.randint(500, (4000,), generator=made)
+    packing, weight = Packing([1] * 500, torch.device("cpu")), torch.randn(4000, model.config.hidden_size, generator=made)
+
+    def gradient() -> torch.Tensor:
+        y = model.hidden_states(ids, at, packing=packing)
+        return torch.autograd.grad(y, model.model.embed_tokens.weight, weight)[0]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(30))
+    torch.set_num_threads(threads)
+
+
 def test_gradient_checkpointing_passes_each_block_twice_and_only_where_gradients_are_wanted():
     model, calls = copy.deepcopy(float64("llama3", True)), []
     for block in model.model.layers:

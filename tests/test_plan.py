@@ -298,6 +298,8 @@ def test_free_memory_is_the_devices(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert plan.free_memory(torch.device("cuda")) == 120
     assert "pass a number" in error_of(plan.free_memory, torch.device("cpu"), tmp_path, kind=RunError)
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(PermissionError(str(path))))
+    assert "pass a number" in error_of(plan.free_memory, torch.device("cpu"), kind=RunError)
 
 
 @pytest.mark.parametrize("names", plan.CGROUPS, ids=["v2", "v1"])
@@ -308,10 +310,11 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path, names):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
     assert left() == 5000 * 1024
-    most, used = (tmp_path / names[0] / name for name in names[1:])
+    most, used = (tmp_path / names[0] / name for name in names[1:3])
     most.parent.mkdir(parents=True)
     used.write_text("3000000\n")
-    most.with_name("memory.stat").write_text("anon 1\ninactive_file 500000\n")
+    total = "inactive_file 7\ntotal_" if names[3].startswith("total") else ""  # v1 tells the group's own first
+    most.with_name("memory.stat").write_text(f"anon 1\n{total}inactive_file 500000\n")
     unlimited = 5000 * 1024
     cases = ("max", unlimited), ("9223372036854771712", unlimited), ("4000000", 1500000), ("9000000", unlimited), ("9", 0)
     for limit, expected in cases:
