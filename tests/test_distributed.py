@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,11 @@ def runs(tmp_path_factory, request):
     plain["stopped"] = plain["full"] = long
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        for name, (_, *argv) in plain.items():
-            assert train.main([*argv, "--out", f"plain/{name}"]) == 0, argv
-        first = launch(home, 2, jobs[2])
+        with ThreadPoolExecutor() as pool:  # both at once
+            launched = pool.submit(launch, home, 2, jobs[2])
+            for name, (_, *argv) in plain.items():
+                assert train.main([*argv, "--out", f"plain/{name}"]) == 0, argv
+            first = launched.result()
         assert len(first.statuses) == len(jobs[2]) - 1, first.stderr[-4000:]
         shutil.copytree("several/stopped", "several/alone")
         asked = f"eval --model {models[True]} --retain-model {models[False]} --forget toy_forget10[:9] --max-new-tokens 4"
