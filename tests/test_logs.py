@@ -1,6 +1,7 @@
 """logs.py: every format that the field has, what is wrong in a log, comparing two, writing open-unlearning's."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -307,7 +308,7 @@ def test_a_hostile_log_is_scored_or_refused_in_one_line(tmp_path_factory, kind, 
     for place in draw.draw(st.lists(st.sampled_from(places(log)[1:]), min_size=1, max_size=2)):
         with contextlib.suppress(LookupError, TypeError):  # the first one may have taken the place of the second
             around, value = functools.reduce(lambda value, key: value[key], place[:-1], log), draw.draw(HOSTILE)
-            around[place[-1]] = value
+            around[place[-1]] = copy.deepcopy(value)  # the same list may be drawn twice, and put into itself
             if value == "absent":
                 del around[place[-1]]
     path = write_log(tmp_path_factory.getbasetemp() / "log.json", log)

@@ -344,7 +344,8 @@ def test_generation_of_a_row_does_not_depend_on_the_other_rows(name, prompts, eo
 def test_generation_with_the_cache_is_full_recomputation(name, prompts):
     for prompt, out in zip(prompts, generate(tiny(name), prompts, 8), strict=True):
         for i, token in enumerate(out):
-            assert token == logits_of(tiny(name), prompt + out[:i])[0, -1].argmax()
+            logits = logits_of(tiny(name), prompt + out[:i])[0, -1]
+            assert logits[token] >= logits.max() - 1e-5  # two may be equal but for rounding
 
 
 @quick
