@@ -445,9 +445,9 @@ class Lab:
                     raise
 
     def write(self, text: str, figure) -> None:
-        (self.folder / f"{self.name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
         from matplotlib import pyplot
 
+        (self.folder / f"{self.name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
         figure.savefig(self.folder / f"{self.name}.png", dpi=110)
         pyplot.close(figure)
         print(f"{text}\n{self.folder / self.name}.json, .md, .png", flush=True)

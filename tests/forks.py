@@ -20,13 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = "torch safetensors.torch tokenizers tqdm scipy.stats rouge_score.rouge_scorer pyarrow.parquet matplotlib.figure"
+OURS = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}  # as the tests found it, not as the first one changed it
 
 
 @functools.cache
 def server() -> subprocess.Popen:
     """Ends when its input is closed: with this process."""
-    single, pipe = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}, subprocess.PIPE
-    process = subprocess.Popen([sys.executable, __file__], env=single, stdin=pipe, stdout=pipe, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=OURS, stdin=pipe, stdout=pipe, text=True)
     atexit.register(process.communicate)
     return process
 
