@@ -135,7 +135,8 @@ def verified(folder: Path) -> dict:
     if manifest["step"] != int(folder.name):
         raise RunError(f"manifest.json is of step {manifest['step']}")
     expected, count = manifest["files"], len(manifest["files"]) // len(TENSORS)
-    if not count or {*expected} != {name for kind in TENSORS for name in shard_names(kind, count)}:
+    named = {name for kind in TENSORS for name in shard_names(kind, count)}
+    if not count or {*expected} != named or not {*manifest["records"]} <= {*GROWN}:
         raise RunError("manifest.json does not name the files of a checkpoint")
     with distributed.together():
         for name in distributed.share(sorted(expected)):

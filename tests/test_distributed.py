@@ -1,6 +1,7 @@
 """Several processes under torchrun are the run of one: its losses, weights, scores, checkpoints, however many they are."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -238,9 +239,17 @@ def test_a_process_is_dead_when_its_sign_no_longer_changes_whatever_its_clock_sa
     one.ended.set()
 
 
-def test_a_manifest_without_files_is_damaged(tmp_path):
+@pytest.mark.parametrize("lost", [{"files": {}}, {"records": {"mog.jsonl": {"bytes": 0, "sha256": "0" * 64}}}])
+def test_a_manifest_of_other_files_is_damaged(tmp_path, lost):
+    """Of a log under another name all lines would go."""
+    named = {f"{kind}.safetensors": hashlib.sha256(b"").hexdigest() for kind in checkpoint.TENSORS}
     (tmp_path / "3").mkdir()
-    (tmp_path / "3/manifest.json").write_text(json.dumps({"step": 3, "settings": "", "files": {}, "records": {}}))
+    for name in named:
+        (tmp_path / "3" / name).touch()
+    whole = {"step": 3, "settings": "", "files": named, "records": {}}
+    (tmp_path / "3/manifest.json").write_text(json.dumps(whole))
+    assert checkpoint.verified(tmp_path / "3") == whole
+    (tmp_path / "3/manifest.json").write_text(json.dumps(whole | lost))
     with pytest.raises(checkpoint.RunError, match="does not name the files"):
         checkpoint.verified(tmp_path / "3")
 
