@@ -95,8 +95,9 @@ def lay(sequences: Sequence[Sequence[T]], share: bool = True) -> tuple[list[T], 
             if len(sequences[i]) > start:
                 alike[tuple(sequences[i][start : start + SHARED]) if share else i].append(i)
         for group in alike.values():
-            tails = zip(*(sequences[i][start:] for i in group), strict=False)
-            own = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, tails)]
+            tails = [sequences[i][start:] for i in group]
+            same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*tails, strict=False))
+            own = [column[0] for column in same] if group[1:] else [*tails[0]]
             for i in group:
                 rows[i] += range(len(tokens), len(tokens) + len(own))
             left.append((group, start + len(own), len(lengths)))

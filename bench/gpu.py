@@ -1,8 +1,8 @@
 """The whole measurement on one GPU, in three calls of under ten minutes each. bench/gpu.sh runs it with a time limit.
 
-python bench/gpu.py 1    correctness (attention, gradients, generation), then a step of SmolLM2's shape
+python bench/gpu.py 1    correctness (attention, gradients, generation, out of memory), then a step of SmolLM2's shape
 python bench/gpu.py 2    a step of Llama-2-7B's shape; generation against transformers
-python bench/gpu.py 3    the toy from beginning to end, kills and resumes, where the time of a step goes
+python bench/gpu.py 3    kills and resumes, torchrun, where the time of a step goes, the toy from beginning to end
 python bench/gpu.py 1 --device cpu --tiny    a rehearsal, as of 2 and 3
 
 Each part reports by itself, and one that fails does not stop the next. What was found goes to OUT/gpu-CALL.json after each
@@ -13,8 +13,10 @@ computed at all.
 import argparse
 import contextlib
 import copy
+import cProfile
 import json
 import os
+import pstats
 import random
 import re
 import signal
@@ -23,7 +25,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,11 +38,13 @@ import toy  # noqa: E402
 import train  # noqa: E402
 from attention import Packing  # noqa: E402
 from bench.machine import matmul_rate  # noqa: E402
-from bench.setting import make_examples, make_model, work  # noqa: E402
+from bench.memory import predicted  # noqa: E402
+from bench.setting import SHAPES, make_examples, make_model, work  # noqa: E402
 from config import Config  # noqa: E402
 from data import Example  # noqa: E402
+from inference import Text, mean_loss, score  # noqa: E402
 from model import Llama, generate  # noqa: E402
-from plan import free_memory  # noqa: E402
+from plan import Machine, free_memory  # noqa: E402
 from reference import CachedReference  # noqa: E402
 from runs import working_in  # noqa: E402
 
@@ -71,9 +75,9 @@ class Bench:
         known = {"model": None, "data_dir": None, "vocab": None, "length": None, "shape": self.shape, "batch": batch}
         return argparse.Namespace(**known, dtype=dtype, device=device or self.device)
 
-    def run(self, script: str, *flags: str, timeout: float = 1e9) -> str:
+    def run(self, script: str, *flags: str, timeout: float = 1e9, launcher: Sequence[str] = ()) -> str:
         """What a script prints; its folder is OUT. Raises RuntimeError with the end of it where it fails."""
-        command = [sys.executable, str(ROOT / script), *flags]
+        command = [sys.executable, *launcher, str(ROOT / script), *flags]
         try:
             done = subprocess.run(
                 command, cwd=self.out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -200,6 +204,36 @@ def generation(b: Bench) -> dict:
     return found
 
 
+def crowded(b: Bench) -> dict:
+    """Scores where a batch of the predicted size is too much for the memory: it is halved, and nothing changes but rounding.
+    On a CPU nothing is short."""
+    model = make_model(b.settings("bfloat16", 1)).frozen_copy()
+    every = make_examples(b.settings("bfloat16", 4 if b.tiny else 200), model.config.vocab_size)["forget"]
+    texts = [Text(e.key, e, mean_loss) for e in every]
+
+    def losses() -> list[float]:
+        found = {key: scores["loss"] for batch in score(model, texts) for key, scores in batch.items()}
+        return [found[text.key] for text in texts]
+
+    expected = losses()
+    if b.cuda:
+        used, card = torch.cuda.memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction((used + 1e9) / card)
+    try:
+        found, retries = losses(), torch.cuda.memory_stats()["num_ooms"] if b.cuda else 0
+    finally:
+        if b.cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+    off = max(abs(x - y) for x, y in zip(found, expected, strict=True))
+    print(f"  out of memory {retries} times, losses off by {off:.1e}")
+    if b.cuda and not retries:
+        raise RuntimeError("memory was not short")
+    if not off <= 0.05:
+        raise Wrong(f"losses are off by {off:.1e} after batches are halved")
+    return {"retries": retries, "off": off}
+
+
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
@@ -254,26 +288,39 @@ def steps(b: Bench) -> dict:
 def small_table(b: Bench) -> dict:
     """README's table: ours, fine-tuning, the field's way."""
     size = ("--batch", "4", "--micro-batch-size", "8") if b.tiny else ("--batch", "32", "--micro-batch-size", "64")
-    return b.step(
-        "smollm2", "--shape", b.shape, "--dtype", "bfloat16", "--only", "ours,finetune,field", "--steps", "5", *size
-    )
+    flags = "--shape", b.shape, "--dtype", "bfloat16", "--only", "ours,finetune,field,ours-eager", "--steps", "10", *size
+    found = b.step("smollm2", *flags)
+    found["planned / peak"] = planned(b, found["settings"]) / found["variants"]["ours"]["peak"]
+    print(f"  planned / peak, ours: {found['planned / peak']:.2f}", flush=True)
+    return found
+
+
+def planned(b: Bench, settings: dict) -> int:
+    """Bytes of what `--plan` predicts of a step that step.py has measured on this card."""
+    args, shape = b.settings("bfloat16", settings["batch"]), SHAPES[settings["shape"]]
+    asked = {k: settings[k] for k in ("micro_batch_size", "gradient_checkpointing", "optimizer")}
+    config = Config(**asked, batch_size=args.batch, dtype="bfloat16", compile=True, device=b.device)
+    card = torch.cuda.get_device_properties(0).total_memory if b.cuda else 0
+    return predicted(shape, config, make_examples(args, shape.vocab_size), Machine(card))
 
 
 def large_table(b: Bench) -> dict:
     """Llama-2-7B's shape: whether it fits, and the FLOPs used of what the data sheet has."""
     found: dict = {}
-    for name, flags in (("8", ["8"]), ("64", ["64"]), ("64 (checkpointing)", ["64", "--gradient-checkpointing"])):
-        size = ["--shape", "tiny", "--batch", "4"] if b.tiny else ["--shape", "llama2-7b", "--batch", "32"]
+    size = ["--shape", "tiny", "--batch", "4"] if b.tiny else ["--shape", "llama2-7b", "--batch", "32"]
+    thin = ["64", "--gradient-checkpointing"]
+    for name, flags in (
+        ("64", ["64"]), ("64 (checkpointing)", thin), ("8", ["8"]),
+        ("64 (checkpointing, adamw8bit)", [*thin, "--optimizer", "adamw8bit"]),
+    ):  # fmt: skip
         flags = [*size, "--dtype", "bfloat16", "--only", "ours", "--steps", "2", "--micro-batch-size", *flags]
         try:
             measured = b.step("7b-" + "-".join(re.findall(r"\w+", name)), *flags)
             if "ours" in measured["variants"]:
                 r = measured["variants"]["ours"]
-                found[name] = {
-                    "seconds": r["seconds"],
-                    "peak": r["peak"],
-                    "mfu": measured["work"]["dipo"] / r["seconds"] / PEAK,
-                }
+                found[name] = {k: r[k] for k in ("seconds", "first_seconds", "peak")}
+                found[name]["mfu"] = measured["work"]["dipo"] / r["seconds"] / PEAK
+                found[name]["planned / peak"] = planned(b, measured["settings"]) / r["peak"]
                 print(f"  {name}: {json.dumps(found[name])}", flush=True)
             else:
                 found[name] = {"left out": "too little memory"}
@@ -300,7 +347,7 @@ def continuations(b: Bench) -> dict:
     found: dict = {"prompts": len(prompts), "seconds": {}}
     rows: dict = {}
     for side, function, network in (("ours", generate_ours, model), ("transformers", generate_reference, other)):
-        for size in (2, 5) if b.tiny else (64, 256, 1024):
+        for size in (2, 5) if b.tiny else (256, 1024):
             with contextlib.suppress(torch.OutOfMemoryError):
                 function(network, prompts[:4], 2, stop, size)
                 b.sync()
@@ -351,39 +398,67 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines if line.endswith("}")]
 
 
+def short(b: Bench) -> list[str]:
+    """Flags of a short run on a small model, without --out."""
+    base = toy.toy_base(0, 400 if b.tiny else 1000, b.out / "kills", {})
+    flags = ["--device", b.device, "--model", str(base), "--forget", "toy_forget10", "--center", "--no-eval"]
+    flags += ["--forget-loss", "dipo", "--retain-loss", "dipo", "--lr", "1e-3", "--batch-size", "8", "--save-every", "3"]
+    return [*flags, "--epochs", "2" if b.tiny else "6", "--no-compile"]
+
+
+def whole_run(b: Bench) -> list[float]:
+    """Losses of `short`, with nothing in its way."""
+    out = b.out / "kills" / "whole"
+    if not (out / "summary.json").exists():
+        b.run("train.py", *short(b), "--out", str(out), timeout=240)
+    return losses(out)
+
+
+def off_by(b: Bench, found: list[float]) -> float:
+    """The largest relative difference from the losses of `whole_run`."""
+    expected = whole_run(b)
+    same = len(found) == len(expected)
+    return max(abs(x / y - 1) for x, y in zip(found, expected, strict=True)) if same else float("inf")
+
+
 def kills(b: Bench) -> dict:
     """Runs that are stopped by SIGTERM and by SIGKILL, and gone on with, end as one that nothing stopped."""
-    base = toy.toy_base(0, 400 if b.tiny else 1000, b.out / "kills", {})
-    shared = ["--device", b.device, "--model", str(base), "--forget", "toy_forget10", "--center", "--no-eval"]
-    shared += ["--forget-loss", "dipo", "--retain-loss", "dipo", "--lr", "1e-3", "--batch-size", "8", "--save-every", "3"]
-    shared += ["--epochs", "2" if b.tiny else "6", "--no-compile", "--out"]
-    folders = {name: b.out / "kills" / name for name in ("whole", "SIGTERM", "SIGKILL")}
-    b.run("train.py", *shared, str(folders["whole"]), timeout=240)
-    expected, found = losses(folders["whole"]), {}
+    flags, steps, found = short(b), len(whole_run(b)), {}
     for name in ("SIGTERM", "SIGKILL"):
+        out = b.out / "kills" / name
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *shared, str(folders[name])],
+            [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(out)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         until = time.monotonic() + min(120, b.left)
-        while process.poll() is None and len(losses(folders[name])) < 4 and time.monotonic() < until:
+        while process.poll() is None and len(losses(out)) < 4 and time.monotonic() < until:
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
-        status, stopped = process.wait(), len(losses(folders[name]))
-        b.run("train.py", "--resume", "--out", str(folders[name]), timeout=240)
-        again = losses(folders[name])
-        off = (
-            max(abs(x / y - 1) for x, y in zip(again, expected, strict=True))
-            if len(again) == len(expected)
-            else float("inf")
-        )
-        found[name] = {"status": status, "stopped_after": stopped, "steps": len(expected), "off": off}
+        status, stopped = process.wait(), len(losses(out))
+        b.run("train.py", "--resume", "--out", str(out), timeout=240)
+        found[name] = {"status": status, "stopped_after": stopped, "steps": steps, "off": off_by(b, losses(out))}
         print(f"  {name}: {json.dumps(found[name])}", flush=True)
         if status == 0:
             raise RuntimeError(f"the run had ended before {name}")
-        if not off <= (1e-3 if b.cuda else 0):
-            raise Wrong(f"after {name} and --resume the losses differ by {off:.1e}")
+        if not found[name]["off"] <= (1e-3 if b.cuda else 0):
+            raise Wrong(f"after {name} and --resume the losses differ by {found[name]['off']:.1e}")
+    return found
+
+
+def sharded(b: Bench) -> dict:
+    """Under torchrun, also with --cpu-offload, losses are those of one process. One rank: NCCL takes no two on one GPU."""
+    found: dict = {}
+    for name, more in (("torchrun", []), ("torchrun, --cpu-offload", ["--cpu-offload"])):
+        if more and not b.cuda:
+            continue
+        out, began = b.out / "kills" / name.replace(", ", ""), time.perf_counter()
+        launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"
+        b.run("train.py", *short(b), *more, "--out", str(out), timeout=240, launcher=launcher)
+        found[name] = {"off": off_by(b, losses(out)), "seconds": time.perf_counter() - began}
+        print(f"  {name}: {json.dumps(found[name])}", flush=True)
+        if not found[name]["off"] <= (1e-2 if b.cuda else 1e-3):  # rounding grows from step to step
+            raise Wrong(f"{name}: the losses differ by {found[name]['off']:.1e}")
     return found
 
 
@@ -408,6 +483,10 @@ def profile(b: Bench) -> dict:
     began = time.perf_counter()
     step()
     seconds = time.perf_counter() - began
+    host = cProfile.Profile()
+    host.runcall(step)
+    host.dump_stats(b.out / "profile.host")
+    pstats.Stats(host).sort_stats("tottime").print_stats(25)
     with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if b.cuda else [])]) as found:
         step()
     by = "self_device_time_total" if b.cuda else "self_cpu_time_total"
@@ -423,11 +502,11 @@ def profile(b: Bench) -> dict:
 
 
 CALLS: dict[str, list[Callable[[Bench], dict]]] = {
-    "1": [attention, gradients, generation, small_table, steps],
+    "1": [attention, gradients, generation, crowded, small_table, steps],
     "2": [large_table, continuations],
-    "3": [kills, profile, whole_toy],
+    "3": [kills, sharded, profile, whole_toy],
 }
-MUST_BE_OK = "attention", "gradients", "generation", "kills"
+MUST_BE_OK = "attention", "gradients", "generation", "crowded", "kills", "sharded"
 
 
 def readme_rows(found: dict[str, dict], device: str) -> list[str]:

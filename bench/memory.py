@@ -43,9 +43,9 @@ def resident(key: str) -> int:
     raise SystemExit("error: peak memory on a CPU is read from /proc/self/status; Linux only")
 
 
-def predicted(shape: LlamaConfig, config: Config, examples: dict[str, list]) -> int:
+def predicted(shape: LlamaConfig, config: Config, examples: dict[str, list], machine: plan.Machine) -> int:
     """Bytes by the plan, for the passes that the steps really have."""
-    most, machine = 0, plan.Machine()
+    most = 0
     for first in range(0, STEPS * config.batch_size, config.batch_size):
         parts = train.draw_parts(config, examples, first, config.batch_size)
         groups = [(role, group) for role, part in parts.items() for group in part.groups]
@@ -80,7 +80,10 @@ def row(settings: dict) -> dict:
     examples = train.encode(config, train.load_rows(config), source)
     size = len(examples["forget"])
     config = Config(**vars(config) | {"epochs": STEPS * config.batch_size / size + 1e-6})
-    return {"predicted": predicted(source.config, config, examples), "measured": measured(source, config, examples)}
+    return {
+        "predicted": predicted(source.config, config, examples, plan.Machine()),
+        "measured": measured(source, config, examples),
+    }
 
 
 def main() -> int:

@@ -130,4 +130,4 @@ def predicted_memory(
     if depth > 1 and size == 2:
         blocks += 2 * (parameters - head)  # matrices in the compute dtype
     gradients = 4 * parameters if micro == len(every) else 0
-    return 16 * parameters, loss + max(blocks - gradients, of_token * tokens)
+    return (16 if args.optimizer == "adamw" else 10.1) * parameters, loss + max(blocks - gradients, of_token * tokens)

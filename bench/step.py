@@ -78,7 +78,7 @@ def our_step(args, variant: str):
     """(model, what to call once the weights, gradients and moments are there, to get a function that does one step)."""
     model = make_model(args)
     examples = make_examples(args, model.config.vocab_size)
-    config = Config(lr=1e-4)
+    config = Config(lr=1e-4, optimizer=args.optimizer)
     optimizer = train.make_optimizer(model, config)
     model.checkpointing = args.gradient_checkpointing or variant == "ours-checkpointing"
     if variant == "ours-all-positions":
@@ -223,7 +223,7 @@ def worker(args) -> None:
         p.grad = torch.zeros_like(p)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = 0 * group["lr"]  # a tensor, of torchao's
     optimizer.step()  # the moments exist from here on; nothing moves
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -444,6 +444,7 @@ SETTINGS = (
     "batch",
     "micro_batch_size",
     "gradient_checkpointing",
+    "optimizer",
 )
 
 
@@ -466,6 +467,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=16, help="forget sequences, and as many retain sequences")
     parser.add_argument("--micro-batch-size", type=int, default=16, help="ours: sequences per forward pass")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours")
+    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "adamw8bit"), help="ours")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one that is not timed")
     parser.add_argument("--only", help="variants to measure, with commas: " + ", ".join(NAMES))
     parser.add_argument(

@@ -37,7 +37,7 @@ def losses(step, monkeypatch, variant: str) -> list[float]:
         monkeypatch.setattr(module, name, getattr(module, name))
     args = argparse.Namespace(
         model=None, data_dir=None, shape="small", vocab=None, length=None, dtype="float32", device="cpu", batch=4,
-        micro_batch_size=3, gradient_checkpointing=False,
+        micro_batch_size=3, gradient_checkpointing=False, optimizer="adamw",
     )  # fmt: skip
     make = step.field_step if variant.startswith("field") else step.our_step
     _, _, start = make(args, variant)
@@ -92,7 +92,7 @@ def test_scoring_and_generation_equal_transformers(monkeypatch):
 
 def settings(**changed) -> argparse.Namespace:
     known = {"model": None, "data_dir": None, "shape": "small", "vocab": None, "length": 64, "dtype": "float32"}
-    known |= {"device": "cpu", "batch": 4, "micro_batch_size": 4, "gradient_checkpointing": False}
+    known |= {"device": "cpu", "batch": 4, "micro_batch_size": 4, "gradient_checkpointing": False, "optimizer": "adamw"}
     return argparse.Namespace(**(known | changed))
 
 
