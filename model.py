@@ -117,40 +117,64 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def captured(step: Callable[[], Tensor]) -> Callable[[], Any]:
+    """What does again all that `step` does, on the same memory, in one launch: a CUDA graph. Nothing is done yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 class KVCache:
     """Static cache of B rows: keys and values [layers, 2, B, G, S, K]. Prompts are packed, each at these of N, and end at
-    the same slot; then each row gets one position at a time, at most `more`. `length` slots are filled."""
+    the same slot; then each row gets one position at a time, at most `more`. `at`, [1], is the slot that was filled last."""
 
     def __init__(
         self, config: LlamaConfig, prompts: Sequence[Sequence[int]], more: int, device: torch.device, dtype: torch.dtype
     ):
-        self.length, self.packed = max(map(len, prompts)), torch.tensor([*itertools.chain(*prompts)], device=device)
-        shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, self.length + more, config.head_dim)
+        longest, self.static = max(map(len, prompts)), has_graphs(device)  # static: what is computed has always one shape
+        self.packed, self.at = (torch.tensor(x, device=device) for x in ([*itertools.chain(*prompts)], [longest - 1]))
+        slots = 16 * -(-(longest + more) // 16)  # GPUs would copy a mask of another size, in each layer
+        shape = (config.num_hidden_layers, 2, len(prompts), config.num_key_value_heads, slots, config.head_dim)
         self.data = torch.zeros(shape, device=device, dtype=dtype)
-        used = torch.arange(self.length + more) >= self.length - torch.tensor([*map(len, prompts)])[:, None]
-        self.row, self.slot = used[:, : self.length].nonzero().to(device).unbind(1)  # of each token of the prompts
+        slot, lengths = torch.arange(slots), torch.tensor([*map(len, prompts)])[:, None]
+        used = (slot >= longest - lengths) & (slot < longest)
+        self.row, self.slot = used.nonzero().to(device).unbind(1)  # of each token of the prompts
         # [B, 1, 1, S], added to attention scores: -inf where a row has nothing to be seen.
         self.mask = torch.zeros(used.shape, dtype=dtype).masked_fill(~used, -math.inf)[:, None, None].to(device)
+
+    @property
+    def filled(self) -> slice:
+        return slice(None if self.static else int(self.at) + 1)
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store those of the packed prompts, [1, G, N, K]."""
         self.data[layer, 0][self.row, :, self.slot] = k[0][:, self.packed].transpose(0, 1)
         self.data[layer, 1][self.row, :, self.slot] = v[0][:, self.packed].transpose(0, 1)
 
+    def advance(self) -> None:
+        """To the next slot, of all rows."""
+        self.at += 1
+        self.mask.index_fill_(3, self.at, 0)
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One more position, which is stored: q [B, H, 1, K], k and v [B, G, 1, K] -> [B, H, 1, K]."""
-        self.data[layer, 0, :, :, self.length] = k[:, :, 0]
-        self.data[layer, 1, :, :, self.length] = v[:, :, 0]
-        keys, values = self.data[layer, :, :, :, : self.length + 1]
+        for x, new in zip(self.data[layer], (k, v), strict=True):
+            x.index_copy_(2, self.at, new)
+        keys, values = self.data[layer, :, :, :, self.filled]
         # Heads that share keys stand as positions of one head: keys are read once, on CPUs several times as fast.
-        together, mask = q.view(q.shape[0], k.shape[1], -1, q.shape[3]), self.mask[..., : self.length + 1]
-        return F.scaled_dot_product_attention(together, keys, values, attn_mask=mask).view(q.shape)
+        together, mask = q.view(q.shape[0], k.shape[1], -1, q.shape[3]), self.mask[..., self.filled]
+        return F.scaled_dot_product_attention(together, keys, values, attn_mask=mask).reshape(q.shape)
 
     def keep(self, rows: Tensor) -> Tensor:
         """Leave out all rows but these (bool [B]); the last ones move into free places. Returns the new order of rows."""
         n = int(rows.sum())
         free, moved = (~rows[:n]).nonzero()[:, 0], n + rows[n:].nonzero()[:, 0]
-        self.data[:, :, free, :, : self.length] = self.data[:, :, moved, :, : self.length]
+        self.data[:, :, free, :, self.filled] = self.data[:, :, moved, :, self.filled]
         order = torch.arange(n, device=rows.device).index_copy(0, free, moved)
         self.data, self.mask = self.data[:, :, :n], self.mask[order]
         return order
@@ -266,13 +290,13 @@ class Llama(nn.Module):
         angles = positions[..., None].float() * self.frequencies  # [B, T, K/2]
         cos, sin = (f(torch.cat((angles, angles), -1))[:, None].to(self.compute_dtype) for f in (torch.cos, torch.sin))
         x = self.model.embed_tokens(input_ids).to(self.compute_dtype)
+        if cache is not None and packing is None:
+            cache.advance()
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, cache, packing, use_reentrant=False)
             else:
                 x = block(x, cos, sin, cache, packing)
-        if cache is not None and packing is None:
-            cache.length += 1
         # Examples that begin alike read the same position: indexing would add up their gradients in any order.
         return self.model.norm(x if at is None else F.embedding(at, x.flatten(0, 1)))
 
@@ -295,7 +319,7 @@ def generate(
     stop_ids: token ids that end a row (default: the EOS ids of the model's config).
     hidden_id: a token of the prompts that no later one sees and that takes up no position, as if it were padding.
     The prompts go through the model packed, what they begin with alike once; then all rows one token at a time, and a row
-    that has stopped leaves the batch.
+    that has stopped leaves the batch, on a GPU together with others.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -306,7 +330,7 @@ def generate(
     numbered = [[(t, i - (t == hidden_id)) for i, t in enumerate(p)] for p in kept]  # with rotary positions
     tokens, places, packing = lay(numbered)
     cache = KVCache(model.config, places, max_new_tokens, device, model.compute_dtype)
-    cache.mask[ends_hidden, ..., cache.length - 1] = -math.inf
+    cache.mask[ends_hidden, ..., cache.at] = -math.inf
     stop = torch.tensor([*(model.config.eos_token_ids if stop_ids is None else stop_ids)], dtype=torch.int64, device=device)
     ids, positions = torch.tensor(tokens, device=device).T[:, None]
     last = torch.tensor([own[-1] for own in places], device=device)
@@ -314,16 +338,28 @@ def generate(
     ahead = torch.tensor([p[-1][1] + 1 for p in numbered], device=device)  # the next positions
     rows = torch.arange(len(kept), device=device)
     out = torch.full((len(kept), max_new_tokens), -1, device=device)
+    token = model.lm_head(x).argmax(-1)
+    alive = torch.ones_like(token, dtype=torch.bool)
+
+    def advance() -> Tensor:
+        x = model.hidden_states(token[:, None], positions=ahead[:, None], cache=cache)[:, -1]
+        ahead.add_(1)
+        return token.copy_(model.lm_head(x).argmax(-1))
+
+    go: Callable[[], Any] = advance
     for step in range(max_new_tokens):
-        token = model.lm_head(x).argmax(-1)
-        alive = ~torch.isin(token, stop)
-        if not alive.all():
-            order = cache.keep(alive)
-            rows, token, ahead = rows[order], token[order], ahead[order]
-        out[rows, step] = token
-        if len(rows) == 0 or step == max_new_tokens - 1:
+        alive &= ~torch.isin(token, stop)
+        out[rows, step] = token.where(alive, -1)
+        left = int(alive.sum())
+        if left == 0 or step == max_new_tokens - 1:
             break
-        x = model.hidden_states(token[:, None], positions=(ahead + step)[:, None], cache=cache)[:, -1]
+        # Kernels of GPUs take longer to launch than to run: what is captured is worth some rows that have stopped.
+        if left < len(rows) and not (cache.static and 2 * left > len(rows)):
+            order, go = cache.keep(alive), advance
+            rows, token, ahead, alive = (x[order] for x in (rows, token, ahead, alive))
+        go()
+        if cache.static and go is advance:
+            go = captured(advance)
     return [[token for token in row if token >= 0] for row in out.tolist()]
 
 

@@ -140,18 +140,19 @@ def compute_gradients(
             pieces = [piecewise(role, *piece) for piece in zip(*(x.split(chunk) for x in inputs), strict=True)]
             terms, nll, swapped, anchor = (torch.cat(x) for x in zip(*pieces, strict=True))
             answers = [e.answer_length for e in examples]
-            sums, anchors = (torch.stack([x.sum() for x in y.split(answers)]) for y in (terms, anchor))
+            wanted = (terms, anchor) if role in anchored else (terms,)
+            sums, *anchors = (torch.stack([x.sum() for x in y.split(answers)]) for y in wanted)
             sizes = onto(torch.tensor(answers), sums.device)  # a list would be copied, and waited for
-            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, sizes, anchors)
+            losses, margins = dipo.losses_of_sums(part.loss, objective, sums, sizes, *anchors)
             loss = losses.sum() / divisors[role]
             (part.weight * loss).backward()  # of L_f or lambda L_r; both add up in leaf.grad and the head's
             logged[f"loss/{role}"] += loss.detach()
-            logged[f"nll/{role}"] += sum(x.sum() for x in nll.split(answers)[:: len(part.groups[0])]) / tokens[role]
+            logged[f"nll/{role}"] += torch.cat(nll.split(answers)[:: len(part.groups[0])]).sum() / tokens[role]
             if role in paired and margins is not None:
                 logged[f"margin/{role}"] += margins.detach().sum() / divisors[role]
                 logged["swapped"] += swapped.sum()
             if role in anchored:
-                logged[f"anchor/{role}"] += anchors.detach().sum() / divisors[role]
+                logged[f"anchor/{role}"] += anchors[0].detach().sum() / divisors[role]
         hidden.backward(leaf.grad)  # through the blocks, once
     sums_of_all = distributed.totals(logged, model.device)
     swapped_positions = int(sums_of_all.pop("swapped"))

@@ -42,7 +42,7 @@ def losses(step, monkeypatch, variant: str) -> list[float]:
     make = step.field_step if variant.startswith("field") else step.our_step
     _, _, start = make(args, variant)
     do = start()
-    return [do() for _ in range(3)]
+    return [float(do()) for _ in range(3)]
 
 
 VARIANTS = ["ours", "ours-eager", "ours-checkpointing", "ours-recompute", "ours-two-passes", "ours-padded", "ours-one-chunk"]

@@ -3,6 +3,7 @@ and on the meta device, whose numbers nobody can read, that nothing waits for on
 
 import dataclasses
 import itertools
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import attention
 import data
@@ -306,6 +308,52 @@ def test_generation_through_the_branch_of_gpus_is_the_plain_one(flash, monkeypat
     assert {"forward": SMALL.num_hidden_layers, "backward": 0} == CALLS  # the prompts at once, then the cache
     monkeypatch.setattr(attention, "has_flash", has_flash)
     assert found == generate(model_of(), prompts, 8, hidden_id=hidden) and len({len(x) for x in found}) > 1
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph, played: the operators of a step on the tensors that they had, again and again; what is recorded is not
+    done, and nothing in it may be read."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.calls, self.made, self.before = [], set(), []
+        with self:
+            step()
+        for x, old in reversed(self.before):
+            x.copy_(old)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "waits for a number"
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor) and id(x) not in self.made:
+                self.made.add(id(x))
+                self.before.append((x, x.clone()))
+        found = func(*args, **(kwargs or {}))
+        self.made |= {id(x) for x in tree_leaves(found)}
+        self.calls.append((func, args, kwargs or {}, found))  # keeps all tensors, so that no id comes twice
+        return found
+
+    def replay(self):
+        for func, args, kwargs, found in self.calls:
+            for x, new in zip(tree_leaves(found), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(x, torch.Tensor) and x.data_ptr() != new.data_ptr():
+                    x.copy_(new)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 299), min_size=1, max_size=9), min_size=1, max_size=9),
+    st.integers(1, 12), st.integers(2, 40), st.sampled_from([None, 7]),
+)  # fmt: skip
+def test_steps_of_generation_replayed_are_the_plain_ones(prompts, new, every, hidden):
+    """On GPUs a step is captured once for a number of rows, which leave when half of them have stopped."""
+    model, stop, graphs = model_of(dtype=torch.float32), range(0, 300, every), []
+    want = generate(model, prompts, new, stop, hidden)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "has_graphs", lambda device: True)
+        patch.setattr(model_module, "captured", lambda step: graphs.append(Recorded(step)) or graphs[-1].replay)
+        assert generate(model, prompts, new, stop, hidden) == want
+    longest = max(map(len, want))
+    assert len(graphs) <= math.ceil(math.log2(len(prompts) + 1)) and (graphs or longest < 2 or new < 3)
 
 
 @st.composite
