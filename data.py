@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -475,7 +476,12 @@ def pack(examples: Sequence[Example], hidden_id: int | None = None, share: bool 
     """hidden_id: a token of the prompts that is left out, its position too, so that no later token sees it.
     share: as of `lay`."""
     # Positions that are read, of each example: all but the last, which is only predicted.
-    read = [[(t, i) for i, t in enumerate(e.ids[:-1]) if t != hidden_id or i >= e.prompt_length - 1] for e in examples]
+    read = [[*zip(e.ids[:-1], itertools.count(), strict=False)] for e in examples]
+    if hidden_id is not None:
+        read = [
+            [x for x in own if x[0] != hidden_id or x[1] >= e.prompt_length - 1]
+            for own, e in zip(read, examples, strict=True)
+        ]
     tokens, rows, packing = lay(read, share)
     answers, integers = tuple(e.answer_length for e in examples), partial(torch.tensor, dtype=torch.int64)
     ids, positions = zip(*tokens, strict=True)

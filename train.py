@@ -140,9 +140,9 @@ def compute_gradients(
             pieces = [piecewise(role, *piece) for piece in zip(*(x.split(chunk) for x in inputs), strict=True)]
             terms, nll, swapped, anchor = (torch.cat(x) for x in zip(*pieces, strict=True))
             answers = [e.answer_length for e in examples]
-            wanted = (terms, anchor) if role in anchored else (terms,)
-            sums, *anchors = (torch.stack([x.sum() for x in y.split(answers)]) for y in wanted)
-            sizes = onto(torch.tensor(answers), sums.device)  # a list would be copied, and waited for
+            sizes = onto(torch.tensor(answers), terms.device)  # a list would be copied, and waited for
+            per_sequence = partial(torch.segment_reduce, reduce="sum", lengths=sizes, unsafe=True)  # safe: would wait
+            sums, *anchors = map(per_sequence, (terms, anchor) if role in anchored else (terms,))
             losses, margins = dipo.losses_of_sums(part.loss, objective, sums, sizes, *anchors)
             loss = losses.sum() / divisors[role]
             (part.weight * loss).backward()  # of L_f or lambda L_r; both add up in leaf.grad and the head's

@@ -175,17 +175,18 @@ def gradients(b: Bench) -> dict:
 
 
 def generation(b: Bench) -> dict:
-    """Greedy continuations in float32 equal the CPU's but for a tie; milliseconds of a step in bfloat16."""
-    args, rng, new = b.settings("float32", 1, "cpu"), random.Random(0), 20
+    """Greedy continuations in float32 equal the CPU's but for a tie, also where rows stop; ms of a step in bfloat16."""
+    args, rng, new = b.settings("float32", 1, "cpu"), random.Random(0), 12
     model = make_model(args)
 
     def prompts(n: int, longest: int = 60) -> list[list[int]]:
         return [[rng.randrange(3, model.config.vocab_size) for _ in range(rng.randint(3, longest))] for _ in range(n)]
 
     asked = prompts(16)
-    expected = generate(model, asked, new, ())
+    stop = range(0, model.config.vocab_size, 8)
+    expected = generate(model, asked, new, stop)
     model = model.to(b.device)
-    equal = sum(x == y for x, y in zip(generate(model, asked, new, ()), expected, strict=True))
+    equal = sum(x == y for x, y in zip(generate(model, asked, new, stop), expected, strict=True))
     print(f"  float32: {equal} of 16 continuations equal the CPU's")
     found: dict = {"equal": equal, "ms_per_step": {}}
     model.compute_dtype = torch.bfloat16
@@ -414,11 +415,12 @@ def whole_run(b: Bench) -> list[float]:
     return losses(out)
 
 
-def off_by(b: Bench, found: list[float]) -> float:
-    """The largest relative difference from the losses of `whole_run`."""
+def off_by(b: Bench, found: list[float], first: int | None = None) -> float:
+    """The largest relative difference from the losses of `whole_run`, of all steps or the first ones."""
     expected = whole_run(b)
-    same = len(found) == len(expected)
-    return max(abs(x / y - 1) for x, y in zip(found, expected, strict=True)) if same else float("inf")
+    if len(found) != len(expected):
+        return float("inf")
+    return max(abs(x / y - 1) for x, y in zip(found[:first], expected[:first], strict=True))
 
 
 def kills(b: Bench) -> dict:
@@ -447,7 +449,8 @@ def kills(b: Bench) -> dict:
 
 
 def sharded(b: Bench) -> dict:
-    """Under torchrun, also with --cpu-offload, losses are those of one process. One rank: NCCL takes no two on one GPU."""
+    """Under torchrun, also with --cpu-offload, the first losses are those of one process; rounding grows from step to
+    step, as of AdamW on a CPU. One rank: NCCL takes no two on one GPU."""
     found: dict = {}
     for name, more in (("torchrun", []), ("torchrun, --cpu-offload", ["--cpu-offload"])):
         if more and not b.cuda:
@@ -455,9 +458,9 @@ def sharded(b: Bench) -> dict:
         out, began = b.out / "kills" / name.replace(", ", ""), time.perf_counter()
         launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"
         b.run("train.py", *short(b), *more, "--out", str(out), timeout=240, launcher=launcher)
-        found[name] = {"off": off_by(b, losses(out)), "seconds": time.perf_counter() - began}
+        found[name] = {"off": off_by(b, losses(out), 5), "seconds": time.perf_counter() - began}
         print(f"  {name}: {json.dumps(found[name])}", flush=True)
-        if not found[name]["off"] <= (1e-2 if b.cuda else 1e-3):  # rounding grows from step to step
+        if not found[name]["off"] <= 1e-3:
             raise Wrong(f"{name}: the losses differ by {found[name]['off']:.1e}")
     return found
 
