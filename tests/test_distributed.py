@@ -258,7 +258,7 @@ print("written before")
 
 
 def test_a_process_that_waits_in_a_collective_for_a_silent_one_ends_with_one_line():
-    """In native code, which no signal and no exception reaches. Also where the first works for all; told already, no line."""
+    """In native code, which no signal and no exception reaches. Also where the first works for all; told once."""
     done = forks.run(["-c", f"{WATCHED}store.get('never')"])
     assert (done.returncode, done.stdout) == (2, "written before\n")
     assert re.fullmatch(r"\nerror: another process .*\(process 1 has shown no sign of life for 0 s\).*\n", done.stderr)
