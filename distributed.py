@@ -9,7 +9,6 @@ there is one rank, and each function here gives back at once what it was given.
 
 import contextlib
 import datetime
-import itertools
 import json
 import math
 import os
@@ -29,8 +28,9 @@ import files
 from files import UserError, first_line
 from model import Llama, RMSNorm, whole
 
-PATIENCE = 15  # seconds without a sign of life after which a rank is given up; torchrun needs up to 30 more to end all
-COMPILING = 600  # seconds that a rank may wait for the others where blocks are compiled: each compiles for itself
+BEAT, BEATS = 1.5, 15  # seconds between signs of life; so many without one, and a rank is given up: torchrun needs 30 s more
+PATIENCE = 15  # seconds that a collective waits for a rank that lives, but does not come
+COMPILING = 600  # the same where blocks are compiled, for each rank compiles for itself
 PIECE = 2**21  # letters that are put into the store at a time; it takes 8 MiB, and ends what sends more
 T = TypeVar("T")
 
@@ -40,39 +40,46 @@ class RankError(UserError):
 
 
 class Ranks:
-    """This process among those of a run. Its thread shows the others, by way of the store, that it is alive."""
+    """This process among those of a run. Its thread shows, by way of the store, that it is alive, and watches the others."""
 
     def __init__(self, store, rank: int, world: int, local: int):
         self.store, self.rank, self.world, self.local = store, rank, world, local
         self.turn = self.meetings = 0
         self.ended = threading.Event()
-        self.beat()
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.signs, self.turns = [b""] * world, [0] * world  # each rank's last one, and for how many turns it has been that
+        self.watch()
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    def beat(self) -> None:
+    def watch(self) -> int | None:
+        """Show a sign, and look for the others': a rank without a new one in BEATS turns. Turns, not seconds: clocks differ,
+        and a machine that sleeps, or is too busy, holds up this process too. One that has yet to come is not missed."""
         self.store.set(f"alive/{self.rank}", repr(time.time()))
+        for r in range(self.world):
+            if self.store.check([key := f"alive/{r}"]):
+                old, self.signs[r] = self.signs[r], self.store.get(key)
+                self.turns[r] = self.turns[r] + 1 if old == self.signs[r] else 0
+        return next((r for r in range(self.world) if self.turns[r] >= BEATS), None)
 
-    def _beat(self) -> None:
+    def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):  # torchrun has ended
-            while not self.ended.wait(PATIENCE / 10):
-                self.beat()
+            while not self.ended.wait(BEAT):
+                if (r := self.watch()) is not None and not self.ended.is_set():
+                    try:
+                        quiet = f"process {r} has shown no sign of life for {BEAT * BEATS:.0f} s"
+                        tell(f"error: {lost(TimeoutError(quiet))}", self)
+                        sys.stdout.flush()
+                    finally:
+                        os._exit(2)  # the main thread may be in a collective, which nothing interrupts
 
     def get(self, key: str, owner: int) -> str:
-        """What `owner` sets under a key. Waits for it in Python, so that signals are heard. Raises RankError where
-        it is dead, or waits elsewhere (`meet`)."""
-        seen, since = b"", time.monotonic()  # whether signs change, for clocks of other machines may be wrong
-        for tries in itertools.count():
-            if self.store.check([key]):
-                return self.store.get(key).decode()
-            if tries % 20 == 19 and self.store.check([f"alive/{owner}"]):
-                if (sign := self.store.get(f"alive/{owner}")) != seen:
-                    seen, since = sign, time.monotonic()
-                if (silent := time.monotonic() - since) > PATIENCE:
-                    raise RankError(lost(TimeoutError(f"process {owner} has shown no sign of life for {silent:.0f} s")))
-                if self.store.check([f"meeting {self.meetings + 1}/{owner}"]):
-                    raise RankError(lost(InterruptedError(f"process {owner} was interrupted")))
-            time.sleep(min(0.05, 0.001 * (tries + 1)))
-        raise AssertionError
+        """What `owner` sets under a key. Waits in Python, so that signals are heard. Raises RankError where it meets."""
+        tries = 0
+        while not self.store.check([key]):
+            tries += 1
+            if tries % 20 == 0 and self.store.check([f"meeting {self.meetings + 1}/{owner}"]):
+                raise RankError(lost(InterruptedError(f"process {owner} was interrupted")))
+            time.sleep(min(0.05, 0.001 * tries))
+        return self.store.get(key).decode()
 
     def gather(self, value: Any) -> list:
         left, found, more = json.dumps(value), [""] * self.world, True
@@ -202,15 +209,15 @@ def local_rank() -> int:
     return _ranks.local if _ranks else 0
 
 
-def tell(message: str) -> None:
+def tell(message: str, ranks: Ranks | None = None) -> None:
     """Print the last line of a run to standard error, once for all ranks: by the first that comes here, and the reason that
     was there first."""
-    if _ranks is None:
+    if (ranks := ranks or _ranks) is None:
         print(message, file=sys.stderr)
         return
     with contextlib.suppress(RuntimeError):  # the store has ended with torchrun
-        cause = _ranks.store.compare_set("cause", "", message).decode()
-        if _ranks.store.add("told", 1) == 1:
+        cause = ranks.store.compare_set("cause", "", message).decode()
+        if ranks.store.add("told", 1) == 1:
             print(f"\n{cause.strip()}", file=sys.__stderr__, flush=True)  # below the progress bar
 
 
@@ -238,7 +245,7 @@ def meet() -> None:
 
 def gather(value: Any = None) -> list:
     """What each rank gives (JSON), in their order, on every rank: nobody goes on before all have come, which a collective
-    awaits for PATIENCE only: nothing slow goes before one. Raises RankError where one does not come."""
+    awaits for PATIENCE only: nothing slow goes before one. Raises RankError where one has been interrupted."""
     return _ranks.gather(value) if _ranks else [value]
 
 
@@ -328,11 +335,9 @@ def shard(model: Llama, device: torch.device, compiled: bool, cpu_offload: bool)
             torch.cuda.set_device(device)
         wait = datetime.timedelta(seconds=COMPILING if compiled else PATIENCE)
         assert _ranks is not None
-        store = dist.PrefixStore("group", _ranks.store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank(), world_size=world(),
-            timeout=wait,
-        )  # fmt: skip
+        store = dist.PrefixStore("group", _ranks.store.clone())  # who waits in it lets no other use its connection
+        kinds = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(kinds, store=store, rank=rank(), world_size=world(), timeout=wait)
     mesh = init_device_mesh(device.type, (world(),))
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     # In bfloat16 matrices are gathered as they are used, half the bytes, and no rank keeps casts of them all; norms are used

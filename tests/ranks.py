@@ -1,10 +1,10 @@
 """Command lines of train.py and eval.py as one process of several, one after the other, with faults on request.
 
 torchrun --nproc-per-node 2 tests/ranks.py JOBS.json     [{"argv": ["train", "--forget", ...], "fault": "nan"}, ...]
-python tests/ranks.py --faults [COUNT]                   what so many processes do when one fails: 3 minutes
+python tests/ranks.py --faults [COUNT]                   what so many processes do when one fails: 8 minutes
 
 Leaves JOBS.status.json, the exit statuses of the jobs that ended. A fault happens to the second process in the third step of
-its job.
+its job, or in the one that the job names.
 """
 
 import json
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -34,6 +35,23 @@ TINY = LlamaConfig(
     initializer_range=0.2,
 )  # fmt: skip
 STEP = 3
+# What `--faults` tries: (fault, step, more flags). In eager runs all but those that are of compiling.
+TRIED = [(f, STEP, []) for f in ("kill", "stop", "hang", "terminate", "memory", "memory of all", "nan")]
+TRIED += [(f, s, ["--compile"]) for f, s in (("stop", STEP), ("stop soon", 1), ("busy", 1), ("busy", STEP))]
+
+
+def busy(seconds: float) -> None:
+    """As one that compiles: all in Python, which its other threads must wait for."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
+def stop_soon(seconds: float = 5) -> None:
+    """In the midst of what comes next, which is compiling in the first step."""
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGSTOP))
+    timer.daemon = True
+    timer.start()
 
 
 def out_of_memory(model):
@@ -51,7 +69,9 @@ def not_a_number(model):
 FAULTS = {
     "kill": lambda model: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda model: os.kill(os.getpid(), signal.SIGSTOP),
+    "stop soon": lambda model: stop_soon(),
     "hang": lambda model: time.sleep(3600),
+    "busy": lambda model: busy(60),
     "terminate": lambda model: os.kill(os.getpid(), signal.SIGTERM),
     "memory": out_of_memory,
     "memory of all": out_of_memory,
@@ -59,13 +79,13 @@ FAULTS = {
 }
 
 
-def with_fault(fault: str):
+def with_fault(fault: str, step: int = STEP):
     steps, compute_gradients = 0, train.compute_gradients
 
     def faulty(model, *arguments):
         nonlocal steps
         steps += 1
-        if steps == STEP and (distributed.rank() == 1 or fault.endswith("of all")):
+        if steps == step and (distributed.rank() == 1 or fault.endswith("of all")):
             Path("fault.time").write_text(str(time.time()))
             FAULTS[fault](model)
         return compute_gradients(model, *arguments)
@@ -78,7 +98,7 @@ def work(path: Path) -> int:
     plain, statuses = train.compute_gradients, []
     for job in json.loads(path.read_text()):
         which, *argv = job["argv"]
-        train.compute_gradients = with_fault(job["fault"]) if job.get("fault") else plain
+        train.compute_gradients = with_fault(job["fault"], job.get("step", STEP)) if job.get("fault") else plain
         statuses.append({"train": train, "eval": evaluation}[which].main(argv))
         if job.get("last"):
             return statuses[-1]
@@ -120,11 +140,14 @@ def faults(count: int) -> int:
     """Print for each fault the time from it until torchrun and all processes are gone, and what they said."""
     folder = Path(tempfile.mkdtemp())
     flags = f"train --model {tiny(folder)} --forget toy_forget10[:10] --retain toy_retain90[:20] --batch-size 4 --no-eval"
-    for fault in FAULTS:
-        done = launch(folder, count, [{"argv": [*flags.split(), "--out", fault], "fault": fault, "last": True}])
-        saved = [f.name for f in (folder / fault / "checkpoint").glob("*")]
+    for i, (fault, step, more) in enumerate(TRIED):
+        argv = [*flags.split(), *more, "--out", str(i)]
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / f"compiled-{i}")  # what is compiled, is compiled each time
+        done = launch(folder, count, [{"argv": argv, "fault": fault, "step": step, "last": True}])
+        saved = [f.name for f in (folder / str(i) / "checkpoint").glob("*")]
         seconds = time.time() - float((folder / "fault.time").read_text())
-        print(f"{fault}: all gone after {seconds:.0f} s; saved at step {saved}; {told(done)}", flush=True)
+        what = " ".join([fault, *more, f"in step {step}"])
+        print(f"{what}: all gone after {seconds:.0f} s, {done.returncode}; saved at step {saved}; {told(done)}", flush=True)
     shutil.rmtree(folder)
     return 0
 

@@ -1,17 +1,19 @@
 """Several processes under torchrun are the run of one: its losses, weights, scores, checkpoints, however many they are."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
+import forks
 import pytest
 import torch
 from hypothesis import given
@@ -196,8 +198,6 @@ def test_shards_hold_any_rows(tmp_path_factory, n, world, data):
 
 
 def test_what_is_longer_than_the_store_takes_is_exchanged_in_pieces(monkeypatch):
-    from threading import Thread
-
     monkeypatch.setattr(distributed, "PIECE", 3)
     values, found, store = ["äöü" * 5, {"a": [1.5, None]}], {}, torch.distributed.HashStore()
     ranks = [distributed.Ranks(store, i, 2, i) for i in range(2)]
@@ -227,16 +227,72 @@ def test_who_waits_for_one_that_waits_elsewhere_is_told(monkeypatch):
     two.ended.set()
 
 
-def test_a_process_is_dead_when_its_sign_no_longer_changes_whatever_its_clock_says(monkeypatch):
-    store = torch.distributed.HashStore()
-    one = distributed.Ranks(store, 0, 2, 0)
-    store.set("alive/1", "12.5")  # of 1970
-    monkeypatch.setattr(distributed, "PATIENCE", 1)
-    began = distributed.time.monotonic()
-    with pytest.raises(distributed.RankError, match="no sign of life for"):
-        one.gather(None)
-    assert distributed.time.monotonic() - began > 1
-    one.ended.set()
+@given(st.data(), st.integers(2, 4), st.integers(1, 4))
+def test_a_process_is_silent_after_so_many_turns_without_a_new_sign_whatever_its_clock_says(data, world, beats):
+    """Turns of the one who watches: each other comes at some turn, shows a sign in some, and its clock may go backwards."""
+    others, store = range(1, world), torch.distributed.HashStore()
+    shows = {r: data.draw(st.lists(st.booleans(), min_size=12, max_size=12)) for r in others}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "BEATS", beats)
+        patch.setattr(distributed.threading.Thread, "start", lambda thread: None)
+        watcher, turns = distributed.Ranks(store, 0, world, 0), dict.fromkeys(others, -1)  # -1: has yet to come
+        for turn in range(12):
+            for r in others:
+                if shows[r][turn]:
+                    store.set(f"alive/{r}", repr(-float(turn)))
+                turns[r] = 0 if shows[r][turn] else turns[r] + (turns[r] >= 0)
+            silent = watcher.watch()
+            assert silent == next((r for r in others if turns[r] >= beats), None)
+            if silent is not None:
+                break
+
+
+WATCHED = """
+import sys, time, torch, distributed
+distributed.BEAT, sys.stdout = 0.02, open(1, "w")
+store = torch.distributed.HashStore()
+store.set("alive/1", "12.5")
+ranks = distributed._ranks = distributed.Ranks(store, 0, 2, 0)
+print("written before")
+"""
+
+
+def test_a_process_that_waits_in_a_collective_for_a_silent_one_ends_with_one_line():
+    """In native code, which no signal and no exception reaches. Also where the first works for all; told once."""
+    done = forks.run(["-c", f"{WATCHED}store.get('never')"])
+    assert (done.returncode, done.stdout) == (2, "written before\n")
+    assert re.fullmatch(r"\nerror: another process .*\(process 1 has shown no sign of life for 0 s\).*\n", done.stderr)
+    done = forks.run(["-c", f"{WATCHED}store.add('told', 1)\nwith distributed.alone():\n    store.get('never')"])
+    assert (done.returncode, done.stdout, done.stderr) == (2, "written before\n", "")
+
+
+@pytest.mark.parametrize("what", ["ranks.ended.set()", "store.set('alive/1', str(i))"])
+def test_a_process_that_has_ended_or_watches_one_that_lives_is_left_alone(what):
+    done = forks.run(["-c", f"{WATCHED}for i in range(50):\n    {what}\n    time.sleep(0.02)"])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_who_waits_for_the_group_shows_signs_of_life_all_the_same(monkeypatch):
+    """A store's connection is its waiter's alone: a process that comes to the group early would seem dead to the others."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
+    client = torch.distributed.TCPStore("127.0.0.1", server.port, 1, False)
+    monkeypatch.setattr(distributed, "_ranks", ranks := distributed.Ranks(client, 0, 2, 0))
+    found = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda kinds, **given: found.update(given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distributed.shard(None, torch.device("cpu"), False, False)
+    waiter = Thread(target=found["store"].get, args=("late",))
+    waiter.start()
+    time.sleep(0.2)
+    signs = []
+    watcher = Thread(target=lambda: signs.append((ranks.watch(), client.get("alive/0"))))
+    watcher.start()
+    watcher.join(10)
+    assert signs and waiter.is_alive()
+    server.set("group/late", "1")
+    waiter.join(10)
+    ranks.ended.set()
+    assert not waiter.is_alive()
 
 
 @pytest.mark.parametrize("lost", [{"files": {}}, {"records": {"mog.jsonl": {"bytes": 0, "sha256": "0" * 64}}}])
@@ -254,16 +310,12 @@ def test_a_manifest_of_other_files_is_damaged(tmp_path, lost):
         checkpoint.verified(tmp_path / "3")
 
 
-def test_a_process_that_is_stopped_at_its_very_end_is_not_waited_for(monkeypatch, capfd):
-    store = torch.distributed.HashStore()
-    one = distributed.Ranks(store, 0, 2, 0)
-    store.set("alive/1", "12.5")
-    monkeypatch.setattr(distributed, "PATIENCE", 1)
-    monkeypatch.setattr(distributed, "joined", contextlib.nullcontext)
-    monkeypatch.setattr(distributed, "_ranks", one)
-    assert distributed.launch(lambda: 130) == 130  # one that fails waits for nobody
-    assert distributed.launch(lambda: 0) == 2 and "process 1 has shown no sign of life" in capfd.readouterr().err
-    one.ended.set()
+def test_a_process_that_is_stopped_at_its_very_end_is_not_waited_for():
+    launched = "distributed.joined = __import__('contextlib').nullcontext\nraise SystemExit(distributed.launch(lambda: {}))"
+    failed = forks.run(["-c", WATCHED + "distributed.BEATS = 10**6\n" + launched.format(130)])
+    assert failed.returncode == 130  # one that fails waits for nobody
+    done = forks.run(["-c", WATCHED + launched.format(0)])
+    assert done.returncode == 2 and "process 1 has shown no sign of life" in done.stderr
 
 
 def test_sigterm_ends_every_script_as_ctrl_c_does():
