@@ -124,7 +124,7 @@ def has_graphs(device: torch.device) -> bool:
 def captured(step: Callable[[], Tensor]) -> Callable[[], Any]:
     """What does again all that `step` does, on the same memory, in one launch: a CUDA graph. Nothing is done yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL asks the GPU meanwhile
         step()
     return graph.replay
 

@@ -289,7 +289,7 @@ def steps(b: Bench) -> dict:
 def small_table(b: Bench) -> dict:
     """README's table: ours, fine-tuning, the field's way."""
     size = ("--batch", "4", "--micro-batch-size", "8") if b.tiny else ("--batch", "32", "--micro-batch-size", "64")
-    flags = "--shape", b.shape, "--dtype", "bfloat16", "--only", "ours,finetune,field,ours-eager", "--steps", "10", *size
+    flags = "--shape", b.shape, "--dtype", "bfloat16", "--only", "ours,finetune,field,ours-eager", "--steps", "5", *size
     found = b.step("smollm2", *flags)
     found["planned / peak"] = planned(b, found["settings"]) / found["variants"]["ours"]["peak"]
     print(f"  planned / peak, ours: {found['planned / peak']:.2f}", flush=True)
