@@ -348,7 +348,7 @@ def continuations(b: Bench) -> dict:
     found: dict = {"prompts": len(prompts), "seconds": {}}
     rows: dict = {}
     for side, function, network in (("ours", generate_ours, model), ("transformers", generate_reference, other)):
-        for size in (2, 5) if b.tiny else (256, 1024):
+        for size in (5, 2) if b.tiny else (1024, 256):
             with contextlib.suppress(torch.OutOfMemoryError):
                 function(network, prompts[:4], 2, stop, size)
                 b.sync()

@@ -27,7 +27,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -54,7 +53,6 @@ NAMES = {
     "ours": "ours, compiled",
     "ours-eager": "ours, eager",
     "ours-compiled-loss": "ours, loss compiled alone",
-    "ours-combined": "ours, compiled, small kernels combined",
     "ours-checkpointing": "ours, gradient checkpointing",
     **{variant: f"ours without {what}" for what, variant in WITHOUT.items()},
     "finetune": "plain fine-tuning, ours, compiled",
@@ -96,7 +94,6 @@ def our_step(args, variant: str):
         parts = {"finetune": train.Part("gd", 1.0, [(e,) for e in every])}
     passes = [{role: part} for role, part in parts.items()] if variant == "ours-two-passes" else [parts]
     objective, terms = config.objective, dipo.position_terms
-    torch._inductor.config.combo_kernels = variant == "ours-combined"
     if variant == "ours-compiled-loss":
         terms = torch.compile(terms, dynamic=True)
     elif not variant.endswith("eager"):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import generations, make_tiny, tofu_rows, values
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -354,6 +355,17 @@ def test_steps_of_generation_replayed_are_the_plain_ones(prompts, new, every, hi
         assert generate(model, prompts, new, stop, hidden) == want
     longest = max(map(len, want))
     assert len(graphs) <= math.ceil(math.log2(len(prompts) + 1)) and (graphs or longest < 2 or new < 3)
+
+
+def test_generation_takes_attention_that_is_laid_out_otherwise(monkeypatch):
+    """Kernels of GPUs give [B, H, T, K] with positions before heads in memory."""
+    plain, original = generate(model_of(), PROMPTS, 8), F.scaled_dot_product_attention
+
+    def laid_out(*args, **how):
+        return original(*args, **how).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", laid_out)
+    assert generate(model_of(), PROMPTS, 8) == plain
 
 
 @st.composite
