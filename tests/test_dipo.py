@@ -1435,7 +1435,6 @@ def test_wrong_values_and_shapes_are_told():
             call()
 
 
-@pytest.mark.aside
 def test_dipo_needs_torch_alone():
     """No library of this project beside it, no other module of it."""
     program = """if True:

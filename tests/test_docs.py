@@ -145,7 +145,6 @@ def test_the_readmes_loss_is_the_papers_objective():
     torch.testing.assert_close(names["loss"], dipo.bradley_terry_loss(u).mean() + dipo.bradley_terry_loss(-u).mean())
 
 
-@pytest.mark.aside
 def test_the_recipe_of_a_loss_makes_one_that_trains(tiny, tmp_path):
     """CONTRIBUTING followed to the letter in a copy of the modules: two edits of dipo.py, two steps by the command line."""
     term, row, test = FENCE.findall(section(ROOT / "CONTRIBUTING.md", "A loss"))

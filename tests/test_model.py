@@ -733,7 +733,6 @@ def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
     assert run.returncode == 0 and 0.9 * size < int(run.stdout) < 1.2 * size, run.stderr
 
 
-@pytest.mark.aside
 def test_reading_and_computing_need_torch_and_safetensors_alone(checkpoint):
     program = """if True:
         import sys

@@ -131,7 +131,6 @@ def test_the_largest_micro_batch_is_the_fewest_passes_that_fit(c, config, machin
         assert not [n for n in fit if -(-len(groups) // n) < passes and n == -(-len(groups) // -(-len(groups) // n))]
 
 
-@pytest.mark.aside
 def test_a_run_takes_what_is_predicted(tmp_path):
     """bench/memory.py's row of a small model, at its tightest: 15 % and 8 MB, of which the heap's grain is the most."""
     if not sys.platform.startswith("linux"):
