@@ -3,7 +3,8 @@
     @pytest.mark.aside
     def test_...
 
-So it is where tests of several files are asked for, without a debugger and with output captured; `-p no:aside` forbids it.
+So it is where other tests and several files are asked for, without a debugger and with output captured; `-p no:aside`
+forbids it.
 The other process ends with this one: it listens for the end of its input, and then interrupts itself and its children.
 """
 
@@ -104,8 +105,8 @@ class Plugin:
         config, items = session.config, session.items
         alone = config.getoption("capture") == "no" or any(map(config.getoption, ALONE)) or os.cpu_count() == 1
         tests = [item for item in items if item.get_closest_marker("aside")]
-        if alone or not tests or len({item.path for item in items}) == 1:
-            return
+        if alone or not 0 < len(tests) < len(items) or len({item.path for item in items}) == 1:
+            return  # as in the other process, whose tests are all of this kind
         other = self.until_the_end.enter_context(begun(config, [item.nodeid for item in tests]))
         told = [Aside.from_parent(item.parent, name=item.name, test=item, other=other) for item in tests]
         items[:] = [*(item for item in items if item not in tests), *told]
@@ -141,7 +142,7 @@ def interrupt_at_end(of: int) -> None:
 def main(path: str, *words: str) -> int:
     threading.Thread(target=interrupt_at_end, args=(os.dup(0),), daemon=True).start()  # pytest takes 0 for itself
     with open(path, "w") as lines:
-        return pytest.main(["-p", "no:aside", "-p", "no:cacheprovider", *words], plugins=[Reports(lines)])
+        return pytest.main(["-p", "no:cacheprovider", *words], plugins=[Reports(lines)])
 
 
 if __name__ == "__main__":

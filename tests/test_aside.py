@@ -19,6 +19,7 @@ CONFTEST = """
     import aside
 
     def pytest_configure(config):
+        open("sessions", "a").write("begun\\n")
         config.addinivalue_line("markers", aside.MARK)
         config.pluginmanager.register(aside.Plugin(), "aside")
 
@@ -31,12 +32,17 @@ FIRST = """
     import os
     from pathlib import Path
 
+    import pytest
+
+    @pytest.mark.aside
+    def test_there():
+        Path("there").write_text(str(os.getpid()))
+
     def test_here():
         Path("here").write_text(str(os.getpid()))
 """
 SECOND = """
     import os
-    from pathlib import Path
 
     import pytest
     from claims import claim
@@ -45,7 +51,7 @@ SECOND = """
 
     @claim("1 = 1")
     def test_good():
-        Path("there").write_text(str(os.getpid()))
+        pass
 
     def test_bad():
         print("some output")
@@ -88,32 +94,32 @@ def results(printed: str) -> list[tuple[str, str]]:
     return re.findall(r"^test_\w+\.py::(\S+) (\w+)", printed, re.MULTILINE)
 
 
-EXPECTED = [
-    ("test_here", "PASSED"), ("test_good", "PASSED"), ("test_bad", "FAILED"), ("test_skipped[a::b]", "SKIPPED"),
-    ("test_skipped[[c]]", "SKIPPED"), ("test_cannot_end", "PASSED"), ("test_cannot_end", "ERROR"),
-    ("test_fails_as_expected", "XFAIL"),
+SLOW = [
+    ("test_good", "PASSED"), ("test_bad", "FAILED"), ("test_skipped[a::b]", "SKIPPED"), ("test_skipped[[c]]", "SKIPPED"),
+    ("test_cannot_end", "PASSED"), ("test_cannot_end", "ERROR"), ("test_fails_as_expected", "XFAIL"),
 ]  # fmt: skip
+QUICK = [("test_here", "PASSED"), ("test_there", "PASSED")]
 
 
-def test_each_report_comes_where_its_test_stands(tmp_path):
+def test_reports_are_those_of_the_tests(tmp_path):
     done = run(tmp_path, FIRST, SECOND, "--durations=1")
     assert done.returncode == 1 and done.stderr == ""
-    assert results(done.stdout) == [*EXPECTED, ("test_dies", "ERROR"), ("test_after", "ERROR")]
+    assert results(done.stdout) == [*QUICK, *SLOW, ("test_dies", "ERROR"), ("test_after", "ERROR")]
     assert (tmp_path / "here").read_text() != (tmp_path / "there").read_text()
+    assert (tmp_path / "sessions").read_text() == "begun\nbegun\n"
     assert "[('test_good', 1)]" in done.stdout
     for told in ("assert 'one' == 'two'", "some output", "KeyError: 'too late'", "no reason", "the other pytest ended (7):"):
         assert told in done.stdout
-    assert "1 failed, 3 passed, 2 skipped, 1 xfailed, 3 errors" in done.stdout
+    assert "1 failed, 4 passed, 2 skipped, 1 xfailed, 3 errors" in done.stdout
 
 
-def test_one_file_alone_or_output_to_be_seen_stays_in_one_process(tmp_path):
-    for words in (["test_second.py"], ["-s"], ["-p", "no:aside"]):
-        done = run(tmp_path, FIRST, SECOND.split("    def test_dies")[0], *words)
-        here = [("test_here", "PASSED")] * ("test_second.py" not in words)
-        assert results(done.stdout.replace("some output\n", "")) == [*here, *EXPECTED[1:]]
-        if here:
-            assert (tmp_path / "here").read_text() == (tmp_path / "there").read_text()
-            (tmp_path / "here").unlink()
+@pytest.mark.parametrize("words", [["test_second.py"], ["test_first.py"], ["-m", "aside"], ["-s"], ["-p", "no:aside"]])
+def test_a_file_alone_slow_tests_alone_and_output_to_be_seen_need_one_process(tmp_path, words):
+    done = run(tmp_path, FIRST, SECOND.split("    def test_dies")[0], *words)
+    here = {"test_second.py": [], "aside": QUICK[1:]}.get(words[-1], QUICK[::-1])
+    slow = SLOW * (words != ["test_first.py"])
+    assert results(done.stdout.replace("some output\n", "")) == here + slow
+    assert (tmp_path / "sessions").read_text() == "begun\n"
 
 
 LONG = """
