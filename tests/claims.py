@@ -51,6 +51,11 @@ def claim(text: str, where: str = "ours", verdict: str = "holds"):
     return mark
 
 
+def of(nodeid: str) -> Claim | None:
+    """The claim that the test of this node verifies."""
+    return CLAIMS.get(nodeid.split("::")[-1].split("[")[0])
+
+
 def tried() -> list[Claim]:
     """Claims whose test has run, those of dipo.py first."""
     found = [c for c in CLAIMS.values() if c.examples or c.failed]

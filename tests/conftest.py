@@ -4,6 +4,7 @@ import random
 import signal
 from pathlib import Path
 
+import aside
 import claims
 import hypothesis
 import pytest
@@ -29,11 +30,12 @@ def pytest_configure(config):
     if config.getoption("--hypothesis-seed") is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     hypothesis.core.global_force_seed = int(config.getoption("--hypothesis-seed"))
+    config.addinivalue_line("markers", aside.MARK)
+    config.pluginmanager.register(aside.Plugin(), "aside")
 
 
 def pytest_runtest_logreport(report):
-    found = claims.CLAIMS.get(report.nodeid.split("::")[-1].split("[")[0])
-    if found and report.failed:
+    if (found := claims.of(report.nodeid)) and report.failed:
         found.failed = True
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import claims
 import forks
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -22,8 +23,9 @@ def test_the_theory_page_shows_every_claim_with_its_verdict():
         assert f"def {name}(" in (HERE / file).read_text(encoding="utf-8")
 
 
+@pytest.mark.aside
 def test_a_claim_is_counted_reported_and_written(tmp_path):
-    for name in ("claims.py", "conftest.py"):
+    for name in ("aside.py", "claims.py", "conftest.py"):
         shutil.copy(HERE / name, tmp_path)
     (tmp_path / "test_some.py").write_text(
         "from claims import claim\n"

@@ -1349,6 +1349,7 @@ def test_all_of_it_at_a_real_vocabulary(case, filter, role):
     assert g.isfinite().all() and g.abs().max() <= 0.05 + 1e-6
 
 
+@pytest.mark.aside
 @pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"
 )

@@ -27,6 +27,7 @@ import train
 from eval import main as evaluate
 from model import load_pretrained
 
+pytestmark = pytest.mark.aside
 SMALL = "train --forget toy_forget10[:9] --retain toy_retain90[:20] --lr 1e-3 --epochs 1 --max-new-tokens 4".split()
 PAIRS = [(f, r) for f in dipo.loss_names("forget") for r in (*dipo.loss_names("retain"), "none")]
 SAMPLE = int(os.environ.get("PAIRS", "3"))  # of pairs of losses; PAIRS=40 tries all but a few, and compiles some

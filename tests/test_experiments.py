@@ -33,6 +33,7 @@ from files import UserError
 from inference import Options
 from model import Llama, LlamaConfig, save_pretrained
 
+pytestmark = pytest.mark.aside
 RATIOS = st.lists(st.integers(1, 60).map(lambda n: n / 20), min_size=2, max_size=12)
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 SCRIPTS = {"tofu": "baselines", "muse": "muse_news"}  # results whose script has another name

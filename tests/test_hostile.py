@@ -13,6 +13,7 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("rouge_score")
 
 
+@pytest.mark.aside
 @pytest.mark.parametrize(
     "sample", [("hostile.py", "--count", "30"), ("faults.py", "--some", "3")], ids=lambda sample: sample[0]
 )

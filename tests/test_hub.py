@@ -29,6 +29,7 @@ from model import TOKENIZER_FILES, Llama, LlamaConfig, ModelError, load_pretrain
 from tofu import evaluation_sets
 from toy import toy_world, train_toy_tokenizer
 
+pytestmark = pytest.mark.aside
 ROOT = Path(evaluation.__file__).parent
 COMMIT, TAG = "0123456789abcdef0123456789abcdef01234567", "v1"
 MODEL, TARGET = "acme/tiny-llama", "open-unlearning/tofu_Llama-2-7b-chat-hf_full"

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import forks
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -174,6 +175,7 @@ def main(some: int | None, seed: int, names: list[str]) -> int:
     return failed > 0
 
 
+@pytest.mark.aside
 def test_a_killed_run_ends_as_an_undisturbed_one():
     """In another process: once torch has gone backward it cannot be forked."""
     seed = random.SystemRandom().randrange(10**6)

@@ -273,7 +273,7 @@ def test_the_gradient_of_positions_that_several_read_is_the_same_each_time():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     first = gradient()
-    assert all(torch.equal(gradient(), first) for _ in range(30))
+    assert all(torch.equal(gradient(), first) for _ in range(5))  # indexing: not one of 1000
     torch.set_num_threads(threads)
 
 
@@ -705,6 +705,7 @@ def test_saving_replaces_what_an_interrupted_save_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.aside
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the high-water mark is read from /proc")
 def test_loading_holds_at_most_1_2_times_the_checkpoint(tmp_path):
     config = dataclasses.replace(TINY, vocab_size=32000, hidden_size=512, intermediate_size=2048, num_hidden_layers=7)

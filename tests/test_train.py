@@ -637,6 +637,7 @@ def test_bfloat16_compute_trains_float32_master_weights(cli):
 COMPILED = {"plain": [], "checkpointing": ["--gradient-checkpointing"], "anchored": ["--preset", "anchored", MIXED]}
 
 
+@pytest.mark.aside
 @pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_run_equals_eager(cli, monkeypatch, kind):
     if kind == "checkpointing":  # all that is computed twice: blocks, and the head piece by piece
