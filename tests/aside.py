@@ -5,7 +5,8 @@
 
 So it is where other tests and several files are asked for, without a debugger and with output captured; `-p no:aside`
 forbids it.
-The other process ends with this one: it listens for the end of its input, and then interrupts itself and its children.
+The other process ends with this one: it listens for the end of its input, and then interrupts itself and its children, and
+kills them if that is not enough.
 """
 
 import ast
@@ -24,6 +25,7 @@ import claims
 import pytest
 
 MARK = "aside: a slow test that runs in a second process, beside the others"
+GRACE = float(os.environ.get("ASIDE_GRACE", "60"))  # seconds from the interrupt
 ALONE = ("collectonly", "usepdb", "trace", "setupshow")
 
 
@@ -76,6 +78,8 @@ def begun(config: pytest.Config, tests: list[str]) -> Iterator[Other]:
     values = {name: config.getoption(name, None) for name in ("--hypothesis-seed", "--hypothesis-profile", "--tb")}
     flags = [f"{name}={value}" for name, value in values.items() if value is not None]
     flags += [f"-W{warning}" for warning in config.getoption("pythonwarnings") or ()]
+    flags += [f"-o{setting}" for setting in config.getoption("override_ini") or ()]
+    flags += ["--runxfail"] * bool(config.getoption("runxfail"))
     with (
         tempfile.TemporaryDirectory() as folder,
         open(f"{folder}/lines", "w+") as lines,
@@ -83,14 +87,15 @@ def begun(config: pytest.Config, tests: list[str]) -> Iterator[Other]:
     ):
         command = [sys.executable, __file__, lines.name, f"--rootdir={config.rootpath}", *flags, *tests]
         files = {"stdin": subprocess.PIPE, "stdout": out, "stderr": out}
-        process = subprocess.Popen(command, cwd=config.rootpath, start_new_session=True, **files)
+        env = os.environ | {"PYTEST_ADDOPTS": ""}  # --lf or a folder: what it chooses is in `tests`
+        process = subprocess.Popen(command, cwd=config.rootpath, env=env, start_new_session=True, **files)
         try:
             yield Other(config, process, lines, out)
         finally:
             process.stdin.close()
             try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
+                process.wait(GRACE + 10)
+            except subprocess.TimeoutExpired:  # it is stopped
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
@@ -135,14 +140,17 @@ class Reports:
 
 
 def interrupt_at_end(of: int) -> None:
+    """By force where it goes on all the same, as a test may that expects an interrupt, also where nobody is left to wait."""
     os.read(of, 1)
     os.killpg(0, signal.SIGINT)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
 
 
 def main(path: str, *words: str) -> int:
     threading.Thread(target=interrupt_at_end, args=(os.dup(0),), daemon=True).start()  # pytest takes 0 for itself
     with open(path, "w") as lines:
-        return pytest.main(["-p", "no:cacheprovider", *words], plugins=[Reports(lines)])
+        return pytest.main(["-p", "no:cacheprovider", "-p", "no:aside", *words], plugins=[Reports(lines)])
 
 
 if __name__ == "__main__":

@@ -81,12 +81,12 @@ SECOND = """
 """
 
 
-def run(folder: Path, first: str, second: str, *words: str):
+def run(folder: Path, first: str, second: str, *words: str, **more: str):
     shutil.copy(HERE / "aside.py", folder)
     shutil.copy(HERE / "claims.py", folder)
     for name, text in {"conftest.py": CONFTEST, "test_first.py": first, "test_second.py": second}.items():
         (folder / name).write_text(textwrap.dedent(text))
-    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # quicker
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **more}  # quicker
     return forks.run(["-m", "pytest", "-p", "no:cacheprovider", "--rootdir", ".", "-vrA", *words], folder, env)
 
 
@@ -122,6 +122,34 @@ def test_a_file_alone_slow_tests_alone_and_output_to_be_seen_need_one_process(tm
     assert (tmp_path / "sessions").read_text() == "begun\n"
 
 
+EXPECTED = """
+    import pytest
+
+    pytestmark = [pytest.mark.aside, pytest.mark.xfail]
+
+    def test_fails():
+        assert False
+
+    def test_passes():
+        pass
+"""
+
+
+@pytest.mark.parametrize(
+    "more, fails, passes",
+    [(".", "XFAIL", "XPASS"), ("--lf", "XFAIL", "XPASS"), ("--runxfail", "FAILED", "PASSED"),
+     ("-oxfail_strict=1", "XFAIL", "FAILED")],
+)  # fmt: skip
+@pytest.mark.parametrize("environment", [True, False])
+def test_what_pytest_is_told_reaches_the_other_process_once(tmp_path, more, fails, passes, environment):
+    """A folder in PYTEST_ADDOPTS, above all: the other process would take it too, and start a third for it, and so on."""
+    words, given = ([], {"PYTEST_ADDOPTS": more}) if environment else ([more], {})
+    done = run(tmp_path, FIRST, EXPECTED, "-p", "cacheprovider", *words, **given)
+    assert results(done.stdout) == [*QUICK, ("test_fails", fails), ("test_passes", passes)]
+    assert done.returncode == ("FAILED" in (fails, passes))
+    assert (tmp_path / "sessions").read_text() == "begun\nbegun\n"
+
+
 LONG = """
     import subprocess, sys
 
@@ -135,11 +163,25 @@ LONG = """
 """
 
 
+STUBBORN = LONG.replace("fcntl, time;", "fcntl, time, signal; signal.signal(2, signal.SIG_IGN);").replace(
+    '        subprocess.run([sys.executable, "-c", CHILD])',
+    """
+        child = subprocess.Popen([sys.executable, "-c", CHILD])
+        while True:
+            try:
+                child.wait()
+            except KeyboardInterrupt:
+                pass
+    """,
+)
+
+
+@pytest.mark.parametrize("long", [LONG, STUBBORN], ids=["long", "stubborn"])
 @pytest.mark.parametrize(
     "status, end",
     {2: "raise KeyboardInterrupt", -signal.SIGKILL: "os.kill(os.getpid(), signal.SIGKILL)", 1: "1 / 0"}.items(),
 )
-def test_nothing_is_left_of_an_interrupted_run(tmp_path, status, end):
+def test_nothing_is_left_of_an_interrupted_run(tmp_path, status, end, long):
     first = f"""
     import os, signal, time
 
@@ -148,7 +190,7 @@ def test_nothing_is_left_of_an_interrupted_run(tmp_path, status, end):
             time.sleep(0.01)
         {end}
     """
-    assert run(tmp_path, first, LONG, "-x").returncode == status
+    assert run(tmp_path, first, long, "-x", ASIDE_GRACE="2").returncode == status
     with open(tmp_path / "lock") as lock:
         for _ in range(300):
             with contextlib.suppress(BlockingIOError):
