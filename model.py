@@ -153,8 +153,8 @@ class KVCache:
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store those of the packed prompts, [1, G, N, K]."""
-        self.data[layer, 0][self.row, :, self.slot] = k[0][:, self.packed].transpose(0, 1)
-        self.data[layer, 1][self.row, :, self.slot] = v[0][:, self.packed].transpose(0, 1)
+        for x, new in zip(self.data[layer], (k, v), strict=True):
+            x[self.row, :, self.slot] = new[0][:, self.packed].transpose(0, 1)
 
     def advance(self) -> None:
         """To the next slot, of all rows."""
@@ -358,7 +358,7 @@ def generate(
             order, go = cache.keep(alive), advance
             rows, token, ahead, alive = (x[order] for x in (rows, token, ahead, alive))
         go()
-        if cache.static and go is advance:
+        if cache.static and go is advance and step < max_new_tokens - 2:  # it will be done again
             go = captured(advance)
     return [[token for token in row if token >= 0] for row in out.tolist()]
 
