@@ -1,6 +1,7 @@
-"""What the machine can do: the dtype that its matrix products are fast in, and their rate."""
+"""What the machine can do, the dtype that its matrix products are fast in and their rate; what this process holds of it."""
 
 import time
+from pathlib import Path
 
 import torch
 
@@ -32,3 +33,11 @@ def pick_dtype(name: str, device: str) -> tuple[str, str]:
         single = max(single, matmul_rate(torch.float32, device, ((512, 512, 512),), 2))
     rates = f"products: bfloat16 {half / 1e12:.2f}, float32 {single / 1e12:.2f} TFLOP/s"
     return ("float32" if half < single else "bfloat16"), rates
+
+
+def resident(key: str) -> int:
+    """VmRSS or VmHWM (the high-water mark of it), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("error: peak memory on a CPU is read from /proc/self/status; Linux only")

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plan  # noqa: E402
 import train  # noqa: E402
+from bench.machine import resident  # noqa: E402
 from config import Config  # noqa: E402
 from data import pack  # noqa: E402
 from eval import open_source  # noqa: E402
@@ -33,14 +34,6 @@ from model import Llama, LlamaConfig, load_pretrained  # noqa: E402
 
 STEPS = 2
 QUIET = {"MALLOC_MMAP_THRESHOLD_": "65536", "LRU_CACHE_CAPACITY": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0"}
-
-
-def resident(key: str) -> int:
-    """VmRSS or VmHWM (the high-water mark of it), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("error: peak memory on a CPU is read from /proc/self/status; Linux only")
 
 
 def predicted(shape: LlamaConfig, config: Config, examples: dict[str, list], machine: plan.Machine) -> int:

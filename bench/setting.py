@@ -10,6 +10,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
+import plan  # noqa: E402
+from config import Config  # noqa: E402
 from model import CHUNK, Llama, LlamaConfig, load_pretrained, read_config, resolve_folder  # noqa: E402
 from tofu import load_rows  # noqa: E402
 
@@ -130,4 +132,5 @@ def predicted_memory(
     if depth > 1 and size == 2:
         blocks += 2 * (parameters - head)  # matrices in the compute dtype
     gradients = 4 * parameters if micro == len(every) else 0
-    return (16 if args.optimizer == "adamw" else 10.1) * parameters, loss + max(blocks - gradients, of_token * tokens)
+    moments = plan.count(c, each=lambda shape: plan.moments(Config(optimizer=args.optimizer), shape))
+    return 8 * parameters + moments, loss + max(blocks - gradients, of_token * tokens)

@@ -36,7 +36,7 @@ import data  # noqa: E402
 import dipo  # noqa: E402
 import reference  # noqa: E402
 import train  # noqa: E402
-from bench.machine import matmul_rate, pick_dtype  # noqa: E402
+from bench.machine import matmul_rate, pick_dtype, resident  # noqa: E402
 from bench.setting import SHAPES, config_of, make_examples, make_model, on_meta, predicted_memory, work  # noqa: E402
 from config import Config  # noqa: E402
 from files import UserError  # noqa: E402
@@ -204,14 +204,6 @@ def field_step(args, variant: str):
 
 
 # -------------------------------------------------------------------------------------------------------------- worker
-
-
-def resident(key: str) -> int:
-    """VmRSS or VmHWM (the high-water mark of it), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("error: peak memory on a CPU is read from /proc/self/status; Linux only")
 
 
 def worker(args) -> None:
