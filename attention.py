@@ -15,20 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from gpu import has_flash, onto
+
 T = TypeVar("T")
 SHARED = 8  # tokens that sequences begin with alike are computed once from so many on
 GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12; before, keys are repeated
-
-
-def onto(x: Tensor, device: str | torch.device) -> Tensor:
-    """The tensor there. From pinned memory, so that a GPU takes it when it comes to it and nothing waits."""
-    x = x.pin_memory() if torch.device(device).type == "cuda" and not x.is_cuda else x
-    return x.to(device, non_blocking=True)
-
-
-def has_flash(device: torch.device) -> bool:
-    """Whether `varlen_attn` runs there: on GPUs from compute capability 8.0, which is not that of a T4 or V100."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Packing:
@@ -60,9 +51,9 @@ class Packing:
         # The kernel takes head sizes in steps of 8 up to 256, and above 192 not every card has its backward pass.
         if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
             how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
-            if not GROUPED:
-                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            if q.shape[1] != k.shape[1] and not GROUPED:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
             if self.rows is not None:
                 k, v = k[self.rows], v[self.rows]
             # Where a sequence has more keys than queries, the kernel aligns causality at the ends of both.

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import files
-from attention import Packing, lay, onto
+from attention import Packing, lay
+from gpu import onto
 from hub import TOKENIZER_FILES, again, check_link, fetch
 
 T = TypeVar("T")

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import distributed
 import files
 import logs
-from attention import has_flash
 from data import DataError, Example, Tokenizer, fingerprint, hub_file, pack
+from gpu import free_on_gpu, has_flash
 from metrics import EvalError, Rows, exact_memorization, extraction_strength, min_k, unscorable
 from model import Llama, generate
 
@@ -178,11 +178,6 @@ def halved(size: int, batch: Sequence, key: str, error: Exception) -> int:
     if len(batch) == 1:
         raise EvalError(f"{key}: too much for the memory even by itself ({files.first_line(error)}); {LESS}") from None
     return max(1, size // 2)
-
-
-def free_on_gpu(device: torch.device) -> int:
-    """Bytes that a GPU has free, with what PyTorch keeps there unused."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def by_memory(device: torch.device, usual: int, each: int) -> int:

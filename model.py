@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import files
 from attention import Packing, causal_attention, lay
 from files import Field, UserError, fault, first_line, read_bytes, read_json, replacing, write_json
+from gpu import MasterProduct, captured, has_graphs, has_wide_products
 from hub import TOKENIZER_FILES, again, check_link, fetch, local_path
 
 CHUNK = 2**25  # logits (positions times vocabulary) that a loss holds at a time: 64 MiB in bfloat16
@@ -65,11 +66,6 @@ class LlamaConfig:
         return raw | {"eos_token_id": eos[0] if len(eos) == 1 else eos or None, "torch_dtype": str(dtype).split(".")[-1]}
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, 0 for a CPU."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-
-
 def chunk_positions(vocab_size: int, memory: float = 0) -> int:
     """Positions whose logits a loss holds at a time, on a device of so much memory."""
     return max(1, (CHUNK * 8 if memory >= ROOMY else CHUNK) // vocab_size)
@@ -85,7 +81,9 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        if self.weight.dtype == x.dtype or not has_wide_products(x.device):
+            return F.linear(x, self.weight.to(x.dtype))
+        return MasterProduct.apply(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -115,18 +113,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, half-split: the pair (x_i, x_{i + K/2}) turns by its angle. x [B, heads, T, K]."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
-
-
-def has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def captured(step: Callable[[], Tensor]) -> Callable[[], Any]:
-    """What does again all that `step` does, on the same memory, in one launch: a CUDA graph. Nothing is done yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL asks the GPU meanwhile
-        step()
-    return graph.replay
 
 
 class KVCache:

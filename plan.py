@@ -18,8 +18,8 @@ from checkpoint import RunError
 from config import AUTO, Config, Plan
 from dipo import LOSSES
 from eval import resolve_model
-from inference import free_on_gpu
-from model import LlamaConfig, chunk_positions, device_memory, read_config, resolve_folder
+from gpu import device_memory, free_on_gpu
+from model import LlamaConfig, chunk_positions, read_config, resolve_folder
 
 CARDS = (24, 80, 141)  # GB, 1e9 bytes; they have 7 % more, which is left to CUDA and the allocator
 CGROUPS = (  # v2, v1
@@ -118,14 +118,15 @@ def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[s
     shared, here = machine.world > 1 or machine.cpu_offload, 0 if machine.cpu_offload else 1
     cast_block = 0 if shared else cast * block  # blocks that are split are gathered as they are used
     blocks, casts = layers * kept * n, layers * cast_block
-    backward = n * (3 * size * f + 12 * d) + (4 + cast) * d * f  # beside it: gradients within a block, of one matrix
+    rounded = 0 if machine.card and not shared else cast  # of a gradient of a weight, before it is float32
+    backward = n * (3 * size * f + 12 * d) + (4 + rounded) * d * f  # beside it: gradients within a block, of one matrix
     if config.gradient_checkpointing:
         blocks, casts, backward = layers * size * d * n, 0, backward + kept * n + cast_block
     around = n * size * (2 * c.head_dim + d) + answers * d * (8 + 3 * size)  # positions, embedding, final norm and head
     rows = [name for name, _ in config.parts.values()]
     logits = min(alike, chunk_positions(c.vocab_size, machine.card)) * c.vocab_size
     dense = max(LOGIT.get(name, REST)[2 * compiled + (size == 2)] for name in rows)
-    loss = cast * head + max(dense * logits, 2 * size * logits + (4 + cast) * head)
+    loss = cast * head + max(dense * logits, 2 * size * logits + (4 + rounded) * head)
     reference = 0
     if any(LOSSES[name].reference for name in rows):
         reference = size * (count(c) if config.reference == "recompute" else head)

@@ -495,10 +495,10 @@ def sharded(b: Bench) -> dict:
     return found
 
 
-def busy(averages: Sequence) -> float:
-    """Seconds that the device works: of its kernels alone, for what launches one is charged with its time as well."""
+def busy(averages: Sequence) -> tuple[float, int]:
+    """(seconds that the device works, kernels): of its kernels alone, for what launches one is charged with its time too."""
     kernels = [e for e in averages if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation]
-    return sum(e.self_device_time_total for e in kernels) / 1e6
+    return sum(e.self_device_time_total for e in kernels) / 1e6, sum(e.count for e in kernels)
 
 
 def profile(b: Bench) -> dict:
@@ -532,12 +532,13 @@ def profile(b: Bench) -> dict:
     averages = found.key_averages()
     (b.out / "profile.txt").write_text(averages.table(sort_by=by, row_limit=60, max_name_column_width=80))
     print(averages.table(sort_by=by, row_limit=20, max_name_column_width=60), flush=True)
-    total = busy(averages) if b.cuda else sum(getattr(e, by) for e in averages) / 1e6
+    total, kernels = busy(averages) if b.cuda else (sum(getattr(e, by) for e in averages) / 1e6, 0)
     rate = matmul_rate(torch.bfloat16, b.device, ((512, 512, 512) if b.tiny else (8192, 8192, 8192),))
     floor = work(model.config, examples)["dipo"] / rate
     print(f"  a step takes {seconds:.3f} s, the device is busy for {total:.3f} of it; its matrix products need {floor:.3f}")
+    print(f"  kernels: {kernels}")
     top = {e.key: getattr(e, by) / 1e6 for e in sorted(averages, key=lambda e: -getattr(e, by))[:20]}
-    return {"seconds": seconds, "busy": total, "floor": floor, "rate": rate, "top": top}
+    return {"seconds": seconds, "busy": total, "kernels": kernels, "floor": floor, "rate": rate, "top": top}
 
 
 CALLS: dict[str, list[Callable[[Bench], dict]]] = {

@@ -168,8 +168,8 @@ def test_the_time_of_a_kernel_counts_once():
     """torch's profiler charges a product, its kernel, and the range that the optimizer names."""
     kinds = torch.autograd.DeviceType
     rows = [(kinds.CPU, False, 5e6), (kinds.CUDA, False, 5e6), (kinds.CUDA, True, 2e6), (kinds.CUDA, False, 1e6)]
-    averages = [SimpleNamespace(device_type=d, is_user_annotation=u, self_device_time_total=t) for d, u, t in rows]
-    assert script("gpu").busy(averages) == 6
+    averages = [SimpleNamespace(device_type=d, is_user_annotation=u, self_device_time_total=t, count=3) for d, u, t in rows]
+    assert script("gpu").busy(averages) == (6, 6)
 
 
 def test_a_part_that_fails_does_not_stop_the_next(gpu, monkeypatch, capsys):

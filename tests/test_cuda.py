@@ -25,7 +25,8 @@ import inference
 import model as model_module
 import reference as reference_module
 import train
-from attention import Packing, has_flash
+from attention import Packing
+from gpu import MasterProduct, has_flash
 from model import Llama, LlamaConfig, generate
 from reference import CachedReference
 from toy import toy_world
@@ -79,7 +80,7 @@ def attention64(q, k, v, lengths, keys):
     return torch.cat([torch.einsum("hij,jhk->ihk", weights(a, b), c) for a, b, c in parts])
 
 
-CALLS = {"forward": 0, "backward": 0}
+CALLS = {"forward": 0, "backward": 0, "product": 0}
 
 
 def forward(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, scale=None, window_size=None, enable_gqa=False, *rest):
@@ -108,19 +109,36 @@ def backward(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, is_causal, rng_s
     return tuple(torch.empty_like(x).copy_(torch.cat(g)) for x, g in zip((q, k, v), zip(*found, strict=True), strict=True))
 
 
+def product(a, b, out_dtype):
+    """A product whose result is wider than its factors, as CUDA has it and no CPU."""
+    assert a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0] and a.device == b.device, "wrong shapes"
+    assert a.dtype == b.dtype and a.dtype in HALF and out_dtype == torch.float32, "out_dtype"
+    CALLS["product"] += 1
+    return (a.double() @ b.double()).to(out_dtype)
+
+
 @pytest.fixture(scope="module")
 def kernel():
-    with torch.library._scoped_library("torch_attn", "IMPL") as library:
+    with (
+        torch.library._scoped_library("torch_attn", "IMPL") as library,
+        torch.library._scoped_library("aten", "IMPL") as products,
+    ):
         library.impl("_varlen_attn", forward, "CPU")
         library.impl("_varlen_attn_backward", backward, "CPU")
+        products.impl("mm.dtype", product, "CPU")
         yield
 
 
+def play(patch: pytest.MonkeyPatch, branch: bool = True) -> None:
+    """As if every device, or none, had the kernels."""
+    patch.setattr(attention, "has_flash", lambda device: branch)
+    patch.setattr(model_module, "has_wide_products", lambda device: branch)
+
+
 @pytest.fixture
-def flash(kernel, monkeypatch):
-    """As if every device had the kernel."""
-    CALLS.update(forward=0, backward=0)
-    monkeypatch.setattr(attention, "has_flash", lambda device: True)
+def played(kernel, monkeypatch):
+    CALLS.update(forward=0, backward=0, product=0)
+    play(monkeypatch)
 
 
 def distance(a, b) -> float:
@@ -166,11 +184,11 @@ def attended(heads, size, lengths, dtype, seed=0, trees=False):
 @given(HEADS, st.sampled_from([8, 16, 64, 128, 192]), LENGTHS, st.sampled_from(HALF), GROUPED, st.integers(0, 99), TREES)
 def test_the_branch_of_gpus_is_attention(kernel, heads, size, lengths, dtype, grouped, seed, trees):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_flash", lambda device: True)
+        play(patch)
         patch.setattr(attention, "GROUPED", grouped)
         before = dict(CALLS)
         got, want = attended(heads, size, lengths, dtype, seed, trees)
-    assert {k: CALLS[k] - before[k] for k in CALLS} == {"forward": 1, "backward": 1}
+    assert {k: CALLS[k] - before[k] for k in CALLS} == {"forward": 1, "backward": 1, "product": 0}
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == dtype and distance(a, b) < 1e-2
 
@@ -186,12 +204,25 @@ def test_the_branch_of_gpus_is_attention(kernel, heads, size, lengths, dtype, gr
 def test_what_the_kernel_refuses_goes_sequence_by_sequence(kernel, heads, size, lengths, dtype, trees):
     dtype = torch.float32 if size == 16 else dtype
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_flash", lambda device: True)
+        play(patch)
         before = dict(CALLS)
         got, want = attended(heads, size, lengths, dtype, len(lengths), trees)
     assert before == CALLS
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == dtype and distance(a, b) < 1e-2
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.integers(1, 40), st.integers(1, 40), st.sampled_from(HALF))
+def test_the_gradient_of_master_weights_is_not_rounded(kernel, rows, wide, high, dtype):
+    """All else is bit for bit what autograd makes of x times W in the dtype of x."""
+    make = torch.Generator().manual_seed(len(rows) + wide + 40 * high)
+    x, w, g = (torch.randn(shape, generator=make) for shape in ((*rows, wide), (high, wide), (*rows, high)))
+    found, plain = ([x.to(dtype).requires_grad_(), w.clone().requires_grad_()] for _ in "ab")
+    y, z = MasterProduct.apply(*found), F.linear(plain[0], plain[1].to(dtype))
+    (dx, dw), (da, db) = torch.autograd.grad(y, found, g.to(dtype)), torch.autograd.grad(z, plain, g.to(dtype))
+    assert torch.equal(y, z) and torch.equal(dx, da) and dw.dtype == torch.float32
+    exact = g.to(dtype).flatten(0, -2).double().T @ x.to(dtype).flatten(0, -2).double()
+    assert distance(dw, exact) < 1e-6 and distance(db, exact) < 1e-2
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)])
@@ -277,23 +308,27 @@ def step(compiled="", micro=4, objective=None, checkpointing=False, dtype=torch.
 def test_a_step_through_the_branch_of_gpus_is_the_plain_step(kernel, objective, checkpointing):
     metrics, gradient = step(objective=objective)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_flash", lambda device: True)
+        play(patch)
         before = dict(CALLS)
         found, other = step(objective=objective, checkpointing=checkpointing)
     layers, passes = SMALL.num_hidden_layers, 3
+    assert CALLS["product"] - before["product"] == passes * 7 * layers + 4  # 4: of the head, once for each set in a pass
     assert CALLS["backward"] - before["backward"] == layers * passes
     assert CALLS["forward"] - before["forward"] == layers * (passes * (1 + checkpointing) + 4)  # 4: the reference
     assert found == pytest.approx(metrics, rel=2e-2, abs=2e-3) and distance(other, gradient) < 2e-2
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.aside)])
-def test_compiled_the_branch_of_gpus_is_one_graph_for_all_lengths(flash, backend):
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.aside)])
+def test_compiled_the_branch_of_gpus_is_one_graph_for_all_lengths(played, monkeypatch, backend):
     (eager, gradient), (_, exact) = step(), step(dtype=torch.float32)
-    CALLS.update(forward=0, backward=0)
+    if backend == "inductor":  # it has no wide products for CPUs
+        monkeypatch.setattr(model_module, "has_wide_products", lambda device: False)
+    CALLS.update(forward=0, backward=0, product=0)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     metrics, other = step(backend)
-    assert CALLS["backward"] == 3 * SMALL.num_hidden_layers
+    layers = 3 * SMALL.num_hidden_layers  # in all passes
+    assert CALLS["backward"] == layers and CALLS["product"] == (0 if backend == "inductor" else 7 * layers + 4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # no break, nothing new for another batch
     assert metrics == pytest.approx(eager, rel=2e-2, abs=2e-3)
     assert distance(other, exact) < 1.5 * distance(gradient, exact) < 0.2  # it rounds in other places
@@ -303,11 +338,11 @@ PROMPTS = [list(e.ids[: e.prompt_length]) for e in EVERY]
 
 
 @pytest.mark.parametrize("hidden", [None, 7])
-def test_generation_through_the_branch_of_gpus_is_the_plain_one(flash, monkeypatch, hidden):
+def test_generation_through_the_branch_of_gpus_is_the_plain_one(played, monkeypatch, hidden):
     prompts = [[*p[:1], 7, *p[1:]] for p in PROMPTS] if hidden else PROMPTS
     found = generate(model_of(), prompts, 8, hidden_id=hidden)
-    assert {"forward": SMALL.num_hidden_layers, "backward": 0} == CALLS  # the prompts at once, then the cache
-    monkeypatch.setattr(attention, "has_flash", has_flash)
+    assert {"forward": SMALL.num_hidden_layers, "backward": 0, "product": 0} == CALLS  # the prompts at once, then the cache
+    play(monkeypatch, False)
     assert found == generate(model_of(), prompts, 8, hidden_id=hidden) and len({len(x) for x in found}) > 1
 
 
@@ -400,7 +435,7 @@ def test_what_follows_a_shared_beginning_is_computed_as_if_alone(kernel, every, 
     exact, rough = HEAD_OF[tied]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SHARED", shared)
-        patch.setattr(attention, "has_flash", lambda device: branch)
+        play(patch, branch)
         whole, alone = [data.pack(every)], [data.pack([e]) for e in every]
         for a, b in zip(states(exact, whole), states(exact, alone), strict=True):
             assert distance(a, b) < 1e-5
@@ -422,7 +457,7 @@ def test_generation_after_a_shared_beginning_is_that_of_each_prompt_alone(every,
 
 @pytest.mark.parametrize("dtype, branch", [(torch.float32, False), (torch.bfloat16, True)])
 def test_compiled_a_shared_beginning_is_the_same_for_all_shapes(kernel, monkeypatch, dtype, branch):
-    monkeypatch.setattr(attention, "has_flash", lambda device: branch)
+    play(monkeypatch, branch)
     monkeypatch.setattr(attention, "SHARED", 2)
     families = [[data.Example(f"{e.key}/{i}", e.ids + (i + 1,) * (n + i), e.prompt_length) for e in some for i in range(n)]
                 for n, some in ((2, EVERY[:3]), (4, EVERY[2:7]), (3, EVERY))]  # fmt: skip
@@ -490,7 +525,7 @@ OBJECTIVES = [
 @given(st.integers(2, 10), st.sampled_from([2**25, 300 * 7]), st.booleans())
 def test_no_pass_waits(kernel, objective, micro, chunk, checkpointing):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "has_flash", lambda device: True)
+        play(patch)
         patch.setattr(model_module, "CHUNK", chunk)
         model = model_of(config=dataclasses.replace(SMALL, num_hidden_layers=1)).to("meta")
         model.hidden_states(**data.pack(EVERY[:1]).to("meta").inputs)  # the frequencies go there once
@@ -622,6 +657,16 @@ def test_a_compiled_model_is_evaluated_as_a_plain_one_that_shares_its_weights():
     assert not any(p.requires_grad for p in judged.parameters()) and all(p.requires_grad for p in model.parameters())
     model.hidden_states(**data.pack(EVERY).inputs)
     assert counter.frame_count  # which stays what it was
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_blocks_are_compiled_with_options_that_exist(monkeypatch, device):
+    calls, model = [], model_of()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: calls.append(how))
+    monkeypatch.setattr(model, "compute_device", torch.device(device))
+    assert callable(train.compile_step(model)) and len(calls) == len(model.model.layers)
+    assert all(how["dynamic"] and bool(how["options"]) == (device == "cuda") for how in calls)
+    assert {*(calls[0]["options"] or {})} <= {*torch._inductor.list_options()}
 
 
 @given(st.floats(0.1, 50), st.sampled_from([16, 32]), st.floats(1e8, 1e11).map(int))

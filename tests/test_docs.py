@@ -54,7 +54,7 @@ def test_the_readme_is_short_and_begins_with_what_is_needed_first():
 def test_no_room_is_too_large():
     sizes = {path.name: len(read(path).splitlines()) for path in MODULES}
     assert {name: n for name, n in sizes.items() if n > 650} == {}
-    assert sum(sizes.values()) <= 7550, sizes  # a quarter of it refuses, locks, checks and restores
+    assert sum(sizes.values()) <= 7600, sizes  # a quarter of it refuses, locks, checks and restores
 
 
 def test_every_module_is_in_the_reading_order():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 import checkpoint
+import gpu
 import model
 import plan
 import train
@@ -283,10 +284,10 @@ def test_auto_makes_one_pass_where_memory_holds_and_changes_no_number(tmp_path, 
 def test_auto_is_the_default_on_gpus_alone(monkeypatch):
     presets = {"muse": 1, "toy": 16, "paper": 8}
     typed = {"muse": {"model": "m", "forget": "muse_news"}, "toy": {}, "paper": {"model": "m", "forget": "tofu_forget10"}}
-    for gpu in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         for name, given_ in typed.items():
-            assert train.make_config(given_).micro_batch_size == (AUTO if gpu else presets[name])
+            assert train.make_config(given_).micro_batch_size == (AUTO if there else presets[name])
             assert train.make_config(given_ | {"device": "cpu"}).micro_batch_size == presets[name]
             assert train.make_config(given_ | {"micro_batch_size": 3}).micro_batch_size == 3
 
@@ -325,8 +326,8 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path, names):
 @pytest.mark.parametrize("memory, logits", [(24e9, 2**25), (80e9, 2**28), (0, 2**25)])
 def test_a_gpu_with_room_holds_more_logits(monkeypatch, memory, logits):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
-    assert model.chunk_positions(1000, model.device_memory(torch.device("cuda"))) == logits // 1000
-    assert model.chunk_positions(1000, model.device_memory(torch.device("cpu"))) == 2**25 // 1000
+    assert model.chunk_positions(1000, gpu.device_memory(torch.device("cuda"))) == logits // 1000
+    assert model.chunk_positions(1000, gpu.device_memory(torch.device("cpu"))) == 2**25 // 1000
     assert model.chunk_positions(2**30) == 1
 
 
