@@ -392,6 +392,28 @@ def test_steps_of_generation_replayed_are_the_plain_ones(prompts, new, every, hi
     assert len(graphs) <= math.ceil(math.log2(len(prompts) + 1)) and (graphs or longest < 2 or new < 3)
 
 
+def test_a_batch_is_halved_where_the_memory_ends_in_a_capture(monkeypatch, tmp_path):
+    """The capture ends with an error of its own, in which only the context tells of the memory."""
+    tiny, sets, sizes = make_tiny(tmp_path), {"forget": toy_world(0)["forget01_perturbed"][:5]}, []
+    want = tofu_rows(tiny.model, tiny.tokenizer, sets, 4)
+
+    def captured(step):
+        graph = Recorded(step)
+        sizes.append(len(graph.calls[-1][3]))  # the new tokens
+        if sizes[-1] > 2:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        return graph.replay
+
+    monkeypatch.setattr(model_module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(model_module, "captured", captured)
+    assert generations(tofu_rows(tiny.model, tiny.tokenizer, sets, 4)) == generations(want)
+    assert sizes[0] == 5 and {*sizes[2:]} <= {1, 2}
+    assert not inference.out_of_memory(RuntimeError("another")) and not inference.out_of_memory(ValueError("out of memory"))
+
+
 def test_generation_takes_attention_that_is_laid_out_otherwise(monkeypatch):
     """Kernels of GPUs give [B, H, T, K] with positions before heads in memory."""
     plain, original = generate(model_of(), PROMPTS, 8), F.scaled_dot_product_attention
