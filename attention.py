@@ -52,10 +52,10 @@ class Packing:
         if self.flash and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0 and q.shape[3] <= 192:
             how: dict[str, Any] = {"window_size": (-1, 0)} | ({"enable_gqa": True} if GROUPED else {})
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            if self.rows is not None:  # not by indexing, whose gradient is summed up in bfloat16 where it is compiled
+                k, v = (F.embedding(self.rows, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
             if q.shape[1] != k.shape[1] and not GROUPED:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-            if self.rows is not None:
-                k, v = k[self.rows], v[self.rows]
             # Where a sequence has more keys than queries, the kernel aligns causality at the ends of both.
             ends = self.borders, self.key_borders, self.longest, self.longest_keys
             return cast(Tensor, varlen_attn(q, k, v, *ends, **how)).transpose(0, 1)[None]

@@ -155,10 +155,10 @@ LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=5)
 TREES = st.booleans()
 
 
-def attended(heads, size, lengths, dtype, seed=0, trees=False):
+def attended(heads, size, lengths, dtype, seed=0, trees=False, after=None):
     """(output, gradients of q, k, v) of the branch, and of its definition in float64. Strides as the model has them.
-    trees: sequences follow others."""
-    after = [
+    trees: sequences follow others, these (`after`) or any."""
+    after = after or [
         -1 + trees * int(torch.randint(i + 1, (), generator=torch.Generator().manual_seed(seed)))
         for i in range(len(lengths))
     ]
@@ -191,6 +191,17 @@ def test_the_branch_of_gpus_is_attention(kernel, heads, size, lengths, dtype, gr
     assert {k: CALLS[k] - before[k] for k in CALLS} == {"forward": 1, "backward": 1, "product": 0}
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape and a.dtype == dtype and distance(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])  # of one rounding
+def test_compiled_the_gradient_of_shared_keys_is_rounded_once(played, monkeypatch, dtype, error):
+    """By inductor's decompositions: indexing would round each of the 64 terms."""
+    torch._dynamo.reset()
+    compiled = torch.compile(Packing.attend, dynamic=True, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(Packing, "attend", compiled)
+    got, want = attended((2, 2), 16, [9] + [3] * 64, dtype, after=[-1] + [0] * 64)
+    for a, b in zip(got[2:], want[2:], strict=True):
+        assert distance(a[:, :9], b[:, :9]) < error
 
 
 @settings(max_examples=25)
