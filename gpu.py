@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def device_memory(device: torch.device) -> int:
@@ -47,7 +48,7 @@ def has_wide_products(device: torch.device) -> bool:
 
 
 class MasterProduct(torch.autograd.Function):
-    """x W^T of float32 master weights W [E, D] in the dtype of x [..., D]. W's gradient leaves its product in float32: in
+    """x W^T of float32 master weights W [E, D] in the dtype of x [..., N, D]. W's gradient leaves its product in float32: in
     the dtype of x it would be rounded first, and then widened in another pass over memory."""
 
     @staticmethod
@@ -57,6 +58,7 @@ class MasterProduct(torch.autograd.Function):
         return F.linear(x, used)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         (x, used), (g,) = ctx.saved_tensors, gradients
         return g @ used, torch.mm(g.flatten(0, -2).T, x.flatten(0, -2), out_dtype=torch.float32)

@@ -160,13 +160,11 @@ def batches(texts: Sequence[Text], budget: int) -> Iterator[list[Text]]:
         yield batch
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is for want of memory, of a GPU or of the machine, or came of one: the end of a broken capture."""
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error is for want of memory, of a GPU or of the machine."""
     known = "not enough memory|can(no|')t allocate memory|out of memory|ALLOC_FAILED|can't start new thread"
-    if not isinstance(error, RuntimeError):
-        return isinstance(error, MemoryError)
-    short = isinstance(error, torch.OutOfMemoryError) or bool(re.search(known, str(error), re.I))
-    return short or out_of_memory(error.__context__)
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and bool(re.search(known, str(error), re.I))
 
 
 LESS = "pass --dtype bfloat16 or another --device, or to eval.py (TOFU) a lower --max-new-tokens"

@@ -81,9 +81,9 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype or not has_wide_products(x.device):
-            return F.linear(x, self.weight.to(x.dtype))
-        return MasterProduct.apply(x, self.weight)
+        if self.weight.dtype == torch.float32 and x.dtype.itemsize == 2 and has_wide_products(x.device):
+            return MasterProduct.apply(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

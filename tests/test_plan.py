@@ -323,6 +323,17 @@ def test_free_memory_is_the_machines_or_the_containers(tmp_path, names):
         assert left() == expected
 
 
+@pytest.mark.parametrize("card, world, head, block", [(0, 1, 8, 6), (80e9, 1, 6, 4), (80e9, 2, 6, 6)])
+def test_gradients_are_rounded_where_products_are_not_wide(card, world, head, block):
+    """Bytes of a bfloat16 pass of one token: of the head beside its copy, of a matrix's gradient in a block."""
+    config, machine, work = Config(dtype="bfloat16"), Machine(card, world), Pass(1, 1, 1)
+    for vocabulary, expected in (
+        (500_000, head * 500_000 * 4096 + 4 * 500_000),
+        (100, block * 4096 * 11008 + 6 * 11008 + 12 * 4096),
+    ):
+        assert plan.step(LlamaConfig(vocab_size=vocabulary), config, work, machine)["loss"] == expected
+
+
 @pytest.mark.parametrize("memory, logits", [(24e9, 2**25), (80e9, 2**28), (0, 2**25)])
 def test_a_gpu_with_room_holds_more_logits(monkeypatch, memory, logits):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
