@@ -31,6 +31,7 @@ def has_flash(device: torch.device) -> bool:
 
 
 def has_graphs(device: torch.device) -> bool:
+    """Whether what is launched there can be `captured`."""
     return device.type == "cuda"
 
 

@@ -490,7 +490,7 @@ def sharded(b: Bench) -> dict:
         found[name] = {"off": off_by(b, losses(out), 5), "off in all": off_by(b, losses(out))}
         found[name]["seconds"] = time.perf_counter() - began
         print(f"  {name}: {json.dumps(found[name])}", flush=True)
-        if not found[name]["off"] <= 1e-3:
+        if not found[name]["off"] <= (3e-3 if b.cuda else 1e-3):  # FSDP rounds gradients of blocks, one process does not
             raise Wrong(f"{name}: the first losses differ by {found[name]['off']:.1e}")
     return found
 
