@@ -19,6 +19,7 @@ import os
 import pstats
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -579,6 +580,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU here; rehearse with --device cpu --tiny")
     args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("kills", "toy"):  # runs of an earlier call: they would be compared in place of new ones
+        shutil.rmtree(args.out / name, ignore_errors=True)
     b, path = Bench(args.device, args.tiny, args.out.resolve()), args.out / f"gpu-{args.call}.json"
     device = (torch.cuda.get_device_name() if b.cuda else "CPU") + " (a tiny shape, no measurement)" * args.tiny
     print(

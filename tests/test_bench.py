@@ -164,6 +164,19 @@ def test_what_a_gpu_must_compute_rightly_is_rehearsed_on_the_cpu(gpu, monkeypatc
     assert status == 1 and ended["attention"].startswith("WRONG: attention with 9 heads, 3 groups of 64")
 
 
+def test_runs_of_an_earlier_call_are_not_compared(gpu, monkeypatch, tmp_path):
+    bench, rehearse = gpu
+    (log := tmp_path / "kills/SIGTERM/log.jsonl").parent.mkdir(parents=True)
+    log.write_text('{"loss": 1.0}\n')
+
+    def kills(b) -> dict:
+        return {"left": len(bench.losses(b.out / "kills/SIGTERM"))}
+
+    monkeypatch.setitem(bench.CALLS, "3", [kills])
+    assert rehearse("3") == (0, {"kills": "ok"})
+    assert json.loads((tmp_path / "gpu-3.json").read_text())["found"]["kills"] == {"left": 0}
+
+
 def test_the_time_of_a_kernel_counts_once():
     """torch's profiler charges a product, its kernel, and the range that the optimizer names."""
     kinds = torch.autograd.DeviceType
