@@ -118,7 +118,7 @@ def step(c: LlamaConfig, config: Config, work: Pass, machine: Machine) -> dict[s
     shared, here = machine.world > 1 or machine.cpu_offload, 0 if machine.cpu_offload else 1
     cast_block = 0 if shared else cast * block  # blocks that are split are gathered as they are used
     blocks, casts = layers * kept * n, layers * cast_block
-    rounded = 0 if machine.card else cast  # of the gradient of a float32 weight, before it is float32; FSDP's blocks are not
+    rounded = 0 if machine.card else cast  # of the gradient of a float32 weight; FSDP casts those of blocks before
     own = (4 + (cast if shared else rounded)) * d * f  # the gradient of one matrix
     backward = n * (3 * size * f + 12 * d) + own  # beside it: gradients within a block
     if config.gradient_checkpointing:
